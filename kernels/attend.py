@@ -1,0 +1,75 @@
+"""Attention over a key/value pyramid: the one operation, in its backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import gather, reference
+from .blocklist import BlockList
+from .pyramid import KVPyramid
+
+BACKENDS = {"torch": gather.attend, "reference": reference.attend}
+ABSENT = ("triton", "flex")
+
+
+def attend(
+    query: Tensor,
+    pyramid: KVPyramid,
+    blocks: BlockList,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query tile over the pyramid rows that its block list reads.
+
+    query: [B, H, Nq, D], of the pyramid's dtype, any strides; Nq may differ from the keys' N.
+    scale: factor on the logits; None = D ** -0.5. A row's log-weight is added after scaling.
+    backend: "auto" (= "torch"), "torch" (gathers blocks, differentiable by recomputing) or "reference" (dense).
+    compute_dtype: the dtype of the matrix products, e.g. bfloat16 for float32 input; None = query's own.
+
+    Returns out [B, H, Nq, D] in query's dtype, and lse [B, H, Nq], natural log, float32 (float64 for float64), both
+    in token order. A query that reads nothing, or stands in no tile, gets zeros and -inf. `lse` has no gradient.
+
+    Raises ValueError for mismatched shapes, dtypes or devices, an invalid list or an unknown backend.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        if backend in ABSENT:
+            raise ValueError(f"backend {backend!r} is not part of this installation: use one of {known}")
+        raise ValueError(f"backend must be one of {known}, got {backend!r}")
+    check(query, pyramid, blocks, compute_dtype)
+    run = BACKENDS["torch" if backend == "auto" else backend]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return run(query, pyramid, blocks, scale=scale, compute_dtype=compute_dtype or query.dtype)
+
+
+def check(query: Tensor, pyramid: KVPyramid, blocks: BlockList, compute_dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError, naming the argument, unless query, pyramid and block list fit each other."""
+    key = pyramid.key
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, heads, tokens, head_dim], got {query.ndim} dimensions: reshape it")
+    batch, heads, tokens, head_dim = query.shape
+    if (batch, heads, head_dim) != (key.shape[0], key.shape[1], key.shape[3]):
+        raise ValueError(
+            f"query must agree with the pyramid's batch, heads and head_dim "
+            f"{(key.shape[0], key.shape[1], key.shape[3])}, got {(batch, heads, head_dim)}: expand one of them"
+        )
+    if query.dtype != key.dtype or query.device != key.device:
+        raise ValueError(
+            f"query must have the pyramid's dtype and device ({key.dtype} on {key.device}), "
+            f"got {query.dtype} on {query.device}: convert one of them"
+        )
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise ValueError(f"compute_dtype must be a floating dtype, got {compute_dtype}: for example torch.bfloat16")
+    if pyramid.block != blocks.block:
+        raise ValueError(
+            f"blocks must have the pyramid's block of {pyramid.block} rows, got {blocks.block}: build both with one"
+        )
+    if blocks.batch not in (1, batch) or blocks.heads not in (1, heads):
+        raise ValueError(
+            f"blocks must be for batch 1 or {batch} and heads 1 or {heads}, got {blocks.batch} and {blocks.heads}: "
+            "select or concatenate its heads"
+        )
+    blocks.validate(pyramid, tokens)

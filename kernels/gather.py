@@ -1,0 +1,167 @@
+"""The torch backend: gathers the blocks of a few query tiles, and runs product, softmax and product on them in cache.
+
+Passes over the scores are what costs at small head_dim, so that in bfloat16 there is one: exp2, in place. The scale
+sits in the first product; log-weights are folded into the values, and into columns that give the softmax's sum with
+the second product; the maximum is subtracted only where Cauchy–Schwarz cannot rule out an overflow; and the output is
+divided by the sum, not the scores. float32 and float64, whose products are dearer and whose sums are cheap, add
+log-weights to the scores and sum them instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocklist import BlockList
+from .chunks import ChunkPlan, plan_chunks
+from .gather_grad import backward_group
+from .pyramid import KVPyramid
+from .tables import Group, Rows, groups, lay_rows, of_group, power_bound, with_sum_columns
+from .walk import Walk
+
+# Powers of two in which exp2(logits) may lie without a shift: their sums and products stay inside float32's range.
+SAFE_POWER = 100.0
+
+
+def attend(
+    query: Tensor, pyramid: KVPyramid, blocks: BlockList, *, scale: float, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.attend.attend`. float16 computes in float32: its range is too small for unshifted exponentials."""
+    compute_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+    tensors = (query, pyramid.key, pyramid.value, pyramid.pooled_key, pyramid.pooled_value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Attend.apply(*tensors, pyramid, blocks, scale, compute_dtype)  # pyright: ignore[reportReturnType]
+    return _forward(tensors, pyramid, blocks, scale, compute_dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps inputs, output and lse, nothing of the scores; the backward recomputes them chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        tensors, rest = arguments[:5], arguments[5:]
+        out, lse = _forward(tensors, *rest)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.rest = rest
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        pyramid, blocks, scale, compute_dtype = ctx.rest
+        results = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype):
+            packed = [plan.pack(of_group(tensor, group), compute_dtype) for tensor in (tensors[0], out, grads[0])]
+            powers = plan.pack(of_group(lse, group)[..., None], lse.dtype) / math.log(2)
+            # Weights fold only where rows of weight 0, whose logits are 0, stay finite beside sums this far from 1.
+            extent = float(powers.masked_fill(powers == -math.inf, 0).abs().amax()) if powers.numel() else 0.0
+            folded = compute_dtype.itemsize < 4 and extent <= SAFE_POWER
+            walk = Walk(packed[0], rows, plan, pyramid, scale, folded)
+            backward_group(walk, packed[1], packed[2], powers, [of_group(result, group) for result in results], group)
+        wanted = [result if need else None for result, need in zip(results, ctx.needs_input_grad, strict=False)]
+        return (*wanted, None, None, None, None)
+
+
+def _by_group(
+    tensors: tuple[Tensor, ...], pyramid: KVPyramid, blocks: BlockList, dtype: torch.dtype
+) -> Iterator[tuple[Group, Rows, ChunkPlan]]:
+    """Batch entries and heads that are computed together, their rows and the order of their tiles."""
+    query, *sources = tensors
+    batch, heads, tokens, head_dim = query.shape
+    for group in groups(batch, heads, max(1, 2 * pyramid.rows * head_dim * dtype.itemsize)):
+        plan = plan_chunks(blocks, group, (batch, heads), tokens, pyramid, dtype.itemsize)
+        yield group, lay_rows(pyramid, tuple(sources), group, dtype), plan
+
+
+def _forward(
+    tensors: tuple[Tensor, ...], pyramid: KVPyramid, blocks: BlockList, scale: float, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Output and lse in token order; `tensors` are query and the pyramid's four, detached from autograd."""
+    query = tensors[0]
+    with torch.no_grad():
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = out.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        for group, rows, plan in _by_group(tensors, pyramid, blocks, compute_dtype):
+            packed = plan.pack(of_group(query, group), compute_dtype)
+            result, powers = _forward_group(packed, rows, plan, pyramid, scale)
+            plan.unpack(result, of_group(out, group), 0.0)
+            plan.unpack(powers[:, None].mul_(math.log(2)), of_group(lse, group)[..., None], -math.inf)
+    return out, lse
+
+
+def _forward_group(
+    query: Tensor, rows: Rows, plan: ChunkPlan, pyramid: KVPyramid, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The packed queries' outputs [rows, D] and log2 of their sums [rows], in float32 or float64."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    result = query.new_empty(query.shape, dtype=wide)
+    powers = query.new_empty(query.shape[0], dtype=wide)
+    for run in plan.dense:
+        part = slice(run.begin * plan.tile, run.end * plan.tile)
+        _dense_run(query[part], rows, slice(run.first, run.last), pyramid.offsets[1], scale, result[part], powers[part])
+    if plan.gathered:
+        part = slice(plan.gathered[0].begin * plan.tile, None)
+        _gathered_tiles(query, rows, plan, pyramid, scale, result[part], powers[part])
+    return result, powers
+
+
+def _dense_run(
+    query: Tensor, rows: Rows, heads: slice, level: int, scale: float, result: Tensor, powers: Tensor
+) -> None:
+    """Tiles that read all of level 0, by the fused kernel behind `scaled_dot_product_attention`, which returns lse."""
+    key, value = (table[heads, None, :level] for table in (rows.key, rows.value))
+    mask = None if rows.plain else rows.log_weight[heads, None, None, :level].to(result.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.view(len(key), 1, -1, query.shape[1]), key, value, attn_mask=mask, scale=scale
+    )
+    if mask is not None:
+        # The fused kernel divides 0 by 0 where every key is masked.
+        empty = (mask == -math.inf).all(-1, keepdim=True)
+        out, lse = out.masked_fill(empty, 0), lse.masked_fill(empty[..., 0], -math.inf)
+    result.copy_(out.reshape(result.shape))
+    powers.copy_(lse.reshape(powers.shape)).div_(math.log(2))
+
+
+def _gathered_tiles(
+    query: Tensor,
+    rows: Rows,
+    plan: ChunkPlan,
+    pyramid: KVPyramid,
+    scale: float,
+    result: Tensor,
+    powers: Tensor,
+) -> None:
+    """Tiles that read listed blocks: product, exp2 in place, product, and the division at the end."""
+    narrow, head_dim = query.dtype.itemsize < 4, query.shape[1]
+    shifted = not power_bound(query, rows, scale) <= SAFE_POWER
+    folded = narrow and not shifted
+    value = with_sum_columns(rows, folded) if narrow else rows.value
+    before = query.shape[0] - result.shape[0]
+    product = result if not narrow else query.new_empty(result.shape[0], value.shape[2])
+    shift = torch.zeros_like(powers) if shifted else None
+    for chunk in Walk(query, rows, plan, pyramid, scale, folded).gathered(value):
+        power, (count, tall, _) = chunk.logits, chunk.logits.shape
+        part = slice(chunk.part.start - before, chunk.part.stop - before)
+        if shift is not None:
+            # Rows that read nothing have -inf here; -inf less the least number is -inf still.
+            most = power.amax(-1, keepdim=True).clamp_(min=torch.finfo(power.dtype).min)
+            power -= most
+            shift[part].view(count, tall, 1).copy_(most)
+        power.exp2_()
+        torch.bmm(power, chunk.values, out=product[part].view(count, tall, -1))
+        if not narrow:
+            torch.sum(power, -1, out=powers[part].view(count, tall))
+    if narrow:
+        wide = product.to(result.dtype)
+        torch.sum(wide[:, head_dim:], -1, out=powers)
+        product = wide[:, :head_dim]
+    torch.div(product, torch.where(powers == 0, 1, powers)[:, None], out=result)
+    powers.log2_()
+    if shift is not None:
+        powers += shift

@@ -1,0 +1,111 @@
+"""attach(pipe, plan): a pipeline of diffusers runs its self-attention by a plan, until the handle is detached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..attention.plan import Plan
+from ..attention.run import PlanRun
+from .clock import RunClock
+from .models import row_of
+from .plans import Grid, model_shape, resolve_plan, transformers_of
+from .routing import StepRecord, TransformerRun, attached
+
+
+class Handle:
+    """A plan at work on a pipeline; also a context manager that detaches on leaving."""
+
+    def __init__(self, pipe: Any, plan: Plan, source: str, *, backend: str, timing: bool):
+        self.plan, self.source, self.timing = plan, source, timing
+        self._clock = RunClock(pipe)
+        self._runs = {
+            name: TransformerRun(
+                transformer, row_of(transformer), PlanRun(plan, backend=backend), self._clock, timing=timing
+            )
+            for name, transformer in transformers_of(pipe).items()
+        }
+        self._attached = True
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Leave the pipeline as it was found; the figures of the latest run stay readable. Twice does nothing."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._clock.release()
+        for run in self._runs.values():
+            run.remove()
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The denoising steps of the latest run, in the order they ran."""
+        return sorted((step for run in self._latest() for step in run.steps), key=lambda record: record.step)
+
+    @property
+    def density(self) -> float | None:
+        """Rows touched ÷ all rows over every visual self-attention call of the latest run; None before the first."""
+        touched = sum(run.rows_touched for run in self._latest())
+        rows = sum(run.rows for run in self._latest())
+        return touched / rows if rows else None
+
+    @property
+    def attention_seconds(self) -> float | None:
+        """Seconds in visual self-attention calls of the latest run, sparse and dense; None without `timing`."""
+        return sum(step.attention_seconds for step in self.steps) if self.timing else None
+
+    @property
+    def transformer_seconds(self) -> float | None:
+        """Seconds in the transformers' forwards of the latest run; None without `timing`."""
+        return sum(step.seconds for step in self.steps) if self.timing else None
+
+    def _latest(self) -> list[TransformerRun]:
+        return [run for run in self._runs.values() if run.in_run(self._clock.run)]
+
+    def summary(self) -> str:
+        """One line per layer: sparse, dense or why not; and the density of the latest run."""
+        density = "no run yet" if self.density is None else f"density {self.density:.1%} over {len(self.steps)} steps"
+        lines = [f"plan {self.source}: {density}"]
+        for name, run in self._runs.items():
+            prefix = f"{name} " if len(self._runs) > 1 else ""
+            lines += [f"{prefix}layer {index} {run.describe(index)}" for index in range(len(run.paths))]
+        return "\n".join(lines)
+
+    def schedule(self) -> str:
+        """What each step of the latest run does by the plan's schedule, such as "30 steps: 0-5 dense, 6-29 reuse"."""
+        return next((run.plan_run.describe_steps() for run in self._latest()), "")
+
+
+def attach(
+    pipe: Any, plan: Plan | str | Path, *, grid: Grid | None = None, backend: str = "auto", timing: bool = False
+) -> Handle:
+    """Run the self-attention of a diffusers pipeline by a plan, until `detach`.
+
+    `plan` is a Plan, the path of one, or "auto": the plan shipped for the model, of several the one made for the grid
+    nearest to `grid` (frames, height, width in latent patches). `backend` is the sparse kernel's (`kernels.attend`);
+    dense steps, dense layers and cross-attention keep the attention backend chosen in diffusers. `timing` measures the
+    seconds spent in attention; on a GPU that synchronises around each call. Both transformers of a two-expert pipeline
+    run the plan. Attach before torch.compile, or reset Dynamo afterwards.
+    Raises ValueError where the plan is not for this model, or the pipeline is attached already; then nothing changed.
+    """
+    source, chosen = "", plan
+    for name, transformer in transformers_of(pipe).items():
+        shape = model_shape(transformer)
+        if attached(transformer):
+            raise ValueError(f"pipe already has a plan on its {name}: detach that handle first")
+        found, chosen = resolve_plan(chosen, shape, grid)
+        source = source or found
+    assert isinstance(chosen, Plan)
+    return Handle(pipe, chosen, source, backend=backend, timing=timing)

@@ -1,0 +1,46 @@
+"""Endless training clips. Each batch follows from (seed, step) alone, so that a resumed run sees what it would have seen."""
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from .render import place, render, shorten
+from .scenes import draw_scene
+
+
+def draw_clips(
+    random: Random, count: int, frames: int, height: int, width: int, *, two_share: float = 0.0
+) -> tuple[Tensor, list[str]]:
+    """Random clips and their captions: float32 [count, 3, frames, height, width] in −1…1."""
+    scenes = [draw_scene(random, two_share) for _ in range(count)]
+    tracks = [place(scene, random, width / height) for scene in scenes]
+    return render(scenes, tracks, frames, height, width), [str(scene) for scene in scenes]
+
+
+def draw_windows(random: Random, count: int, frames: int, size: int) -> Tensor:
+    """Random windows, in space and time, of clips at several scales and speeds: what a VAE has to know.
+
+    Returns:
+        float32 [count, 3, frames, size, size] in −1…1.
+    """
+    full = int(size * random.choice((1, 1, 1.5, 2)))
+    length = max(frames, random.choice((frames, 2 * frames, 33)))
+    first = random.randint(0, length - frames) / max(length - 1, 1)
+    scenes = [draw_scene(random, 0.3) for _ in range(count)]
+    tracks = [place(scene, random) for scene in scenes]
+    share = (frames - 1) / max(length - 1, 1)
+    windows = [[shorten(track, first, first + share) for track in each] for each in tracks]
+    clips = render(scenes, windows, frames, full, full)
+    top, left = random.randint(0, full - size), random.randint(0, full - size)
+    return clips[..., top : top + size, left : left + size]
+
+
+def draw_patchwork(random: Random, count: int, frames: int, size: int) -> Tensor:
+    """Still patches of random colours, in which nothing but looking closely helps: float32 as `draw_windows`."""
+    generator = torch.Generator().manual_seed(random.getrandbits(62))
+    patch = random.choice((4, 8, 12))
+    colours = torch.rand(count, 3, 1, size // patch + 2, size // patch + 2, generator=generator) * 1.8 - 0.9
+    pixels = colours.repeat_interleave(patch, 3).repeat_interleave(patch, 4)
+    top, left = random.randrange(patch), random.randrange(patch)
+    return pixels[..., top : top + size, left : left + size].expand(-1, -1, frames, -1, -1)

@@ -1,0 +1,227 @@
+"""The later stages of training: transformer and text encoder, by flow matching on the VAE's latents."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers import transformer_wan
+from diffusers.training_utils import EMAModel
+
+from .data import draw_clips
+from .train_vae import Report
+
+TEXT_ROWS = 512  # what WanPipeline pads every prompt to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A size of clip to train on: `batch` clips a step, `fresh` of them newly rendered, the others seen lately."""
+
+    frames: int
+    size: int
+    batch: int
+    fresh: int
+    keep: int = 2048
+    two_share: float = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowStage:
+    """`steps` optimizer steps over a mix of grids, each step on one grid drawn by its share."""
+
+    name: str
+    steps: int
+    grids: tuple[tuple[float, Grid], ...]
+    learning_rate: float = 2e-3
+    cooldown: int = 0
+    save_every: int = 250
+
+
+class Student(nn.Module):
+    """Text encoder and transformer, trained together."""
+
+    def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel):
+        super().__init__()
+        self.text_encoder, self.transformer = text_encoder, transformer
+
+    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The velocity that leads from data to noise, [B, C, F, H, W], for token ids and mask [B, rows]."""
+        text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        # The pipeline zeroes what lies behind the prompt and pads with zeros to 512 rows.
+        text = torch.where(mask.bool()[..., None], text, 0)
+        with batched_attention(padding_log_weight(mask)):
+            return self.transformer(
+                hidden_states=noisy, timestep=timestep, encoder_hidden_states=text, return_dict=False
+            )[0]
+
+
+def padding_log_weight(mask: Tensor) -> Tensor:
+    """Logits [B, 1, rows] by which few padding rows weigh like the 512 − length equal ones of the pipeline."""
+    length = mask.sum(1, keepdim=True)
+    weight = ((TEXT_ROWS - length) / (mask.shape[1] - length).clamp(min=1)).log()
+    return torch.where(mask.bool(), 0.0, weight)[:, None]
+
+
+@contextmanager
+def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
+    """Within it, Wan's attention is two batched products around a softmax, whose backward a CPU runs twice as fast."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        batch, rows, heads, dim = query.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        if key.shape[1] == text_log_weight.shape[2]:
+            bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
+            scores = torch.baddbmm(bias, q * dim**-0.5, k.transpose(1, 2))
+        else:
+            scores = torch.bmm(q * dim**-0.5, k.transpose(1, 2))
+        out = torch.bmm(scores.softmax(-1), v)
+        return out.view(batch, heads, rows, dim).transpose(1, 2)
+
+    stock = transformer_wan.dispatch_attention_fn
+    transformer_wan.dispatch_attention_fn = attention
+    try:
+        yield
+    finally:
+        transformer_wan.dispatch_attention_fn = stock
+
+
+def draw_noise_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels [count] in 0…1, a third of them in the top 6 %: there it is decided which way an object moves."""
+    uniform = torch.rand(count, generator=generator)
+    shift = torch.where(torch.rand(count, generator=generator) < 0.5, 3.0, 12.0)
+    usual = shift * uniform / (1 + (shift - 1) * uniform)
+    top = 0.94 + 0.06 * uniform
+    return torch.where(torch.rand(count, generator=generator) < 0.33, top, usual)
+
+
+class LatentPool:
+    """Encoded clips of one grid: a few new ones each step, the rest drawn from those of the last steps."""
+
+    def __init__(self, grid: Grid, vae: AutoencoderKLWan):
+        self.grid, self.vae = grid, vae
+        self.mean, self.deviation = (
+            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        self.clips: list[tuple[Tensor, str]] = []
+
+    def draw(self, random: Random) -> tuple[Tensor, list[str]]:
+        """Normalised latents [batch, C, F, H, W] and their captions."""
+        grid = self.grid
+        fresh = grid.fresh if len(self.clips) >= grid.batch else grid.batch
+        pixels, captions = draw_clips(random, fresh, grid.frames, grid.size, grid.size, two_share=grid.two_share)
+        with torch.no_grad():
+            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
+        new = list(zip((latents - self.mean) / self.deviation, captions, strict=True))
+        batch = new + random.sample(self.clips, grid.batch - fresh)
+        self.clips = (self.clips + new)[-grid.keep :]
+        return torch.stack([latent for latent, _ in batch]), [caption for _, caption in batch]
+
+
+def train_flow(
+    student: Student,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    stages: tuple[FlowStage, ...],
+    run: Path,
+    accelerator: Accelerator,
+    report: Report,
+    seed: int = 0,
+) -> None:
+    """Train `student` in place through `stages`, resuming from `run`; at the end it holds the averaged weights."""
+    vae = vae.to(accelerator.device).eval().requires_grad_(False)
+    hidden, others = split_parameters(student)
+    muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
+    average = EMAModel(student.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
+    student, muon, adam = accelerator.prepare(student, muon, adam)
+    progress = Progress()
+    accelerator.register_for_checkpointing(average, progress)
+    state = run / "flow-state"
+    if state.exists():
+        accelerator.load_state(str(state))
+    total, before = sum(stage.steps for stage in stages), 0
+    for stage in stages:
+        pools = [LatentPool(grid, vae) for _, grid in stage.grids]
+        shares = [share for share, _ in stage.grids]
+        while progress.step < before + stage.steps:
+            step = progress.step
+            for optimizer, factor in ((muon, 1.0), (adam, 0.5)):
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * learning_rate(stage, step - before, step)
+            random = Random(f"flow {seed} {step}")
+            pool = random.choices(pools, shares)[0]
+            loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(student.parameters(), 1.0)
+            for optimizer in (muon, adam):
+                optimizer.step()
+                optimizer.zero_grad()
+            average.step(student.parameters())
+            progress.step += 1
+            progress.clips += pool.grid.batch
+            figures = {f"loss {pool.grid.frames}x{pool.grid.size}": loss.item(), "top": top_loss}
+            report(stage.name, progress.step, total, figures)
+            if progress.step % stage.save_every == 0 or progress.step == before + stage.steps:
+                accelerator.save_state(str(state))
+        before += stage.steps
+    average.copy_to(student.parameters())
+
+
+@dataclass
+class Progress:
+    """How far training has come; saved and resumed with it."""
+
+    step: int = 0
+    clips: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "clips": self.clips}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step, self.clips = state["step"], state["clips"]
+
+
+def learning_rate(stage: FlowStage, step: int, overall: int) -> float:
+    """A warm-up at the very beginning, then constant, then linear to zero over the stage's `cooldown` last steps."""
+    left = (stage.steps - step) / stage.cooldown if stage.cooldown else 1.0
+    return stage.learning_rate * min((overall + 1) / 100, left, 1.0)
+
+
+def split_parameters(student: Student) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices inside the transformer's blocks, for Muon, and everything else, for AdamW."""
+    hidden = [p for p in student.transformer.blocks.parameters() if p.ndim == 2]
+    chosen = set(map(id, hidden))
+    return hidden, [p for p in student.parameters() if id(p) not in chosen]
+
+
+def flow_loss(
+    student: nn.Module, pool: LatentPool, tokenizer: PreTrainedTokenizerFast, random: Random, accelerator: Accelerator
+) -> tuple[Tensor, float]:
+    """The squared error of the predicted velocity on one batch, and its value above noise level 0.94."""
+    with accelerator.autocast():
+        clean, captions = pool.draw(random)
+    captions = ["" if random.random() < 0.1 else caption for caption in captions]
+    generator = torch.Generator().manual_seed(random.getrandbits(62))
+    level = draw_noise_levels(len(captions), generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    mix = level.view(-1, 1, 1, 1, 1)
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    # One padding row at least, to stand for all of them.
+    ids, mask = (nn.functional.pad(tokens[name], (0, 1)) for name in ("input_ids", "attention_mask"))
+    clean, noise, noisy, ids, mask, timestep = (
+        x.to(accelerator.device) for x in (clean, noise, clean * (1 - mix) + noise * mix, ids, mask, level * 1000)
+    )
+    with accelerator.autocast():
+        velocity = student(noisy, timestep, ids, mask)
+    each = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
+    top = each.detach()[(level > 0.94).to(each.device)]
+    return each.mean(), top.mean().item() if len(top) else math.nan

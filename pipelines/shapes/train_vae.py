@@ -1,0 +1,86 @@
+"""The first stage of training: the VAE, on windows of clips."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffusers import AutoencoderKLWan
+
+from .data import draw_clips, draw_patchwork, draw_windows
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeStage:
+    """How the VAE is trained: `steps` batches of `batch` windows of `size`×`size` pixels and some of `frames` frames."""
+
+    steps: int = 900
+    batch: int = 6
+    size: int = 40
+    frames: tuple[int, ...] = (5, 5, 5, 9, 5, 5, 5, 1)
+    patchwork: float = 0.2
+    learning_rate: float = 2e-3
+    kl_weight: float = 3e-5
+    save_every: int = 100
+
+
+def train_vae(
+    vae: AutoencoderKLWan, stage: VaeStage, run: Path, accelerator: Accelerator, report: Report, seed: int = 0
+) -> AutoencoderKLWan:
+    """Train `vae` in place, resuming from `run` if it holds a state, and give it its latents' mean and deviation."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, max(1 - step / stage.steps, 0.01))
+    )
+    model, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
+    state = run / "vae-state"
+    first = 0
+    if state.exists():
+        accelerator.load_state(str(state))
+        first = schedule.state_dict()["last_epoch"]
+    for step in range(first, stage.steps):
+        random = Random(f"vae {seed} {step}")
+        frames = stage.frames[step % len(stage.frames)]
+        draw = draw_patchwork if random.random() < stage.patchwork else draw_windows
+        clips = draw(random, stage.batch, frames, stage.size).to(accelerator.device)
+        torch.manual_seed(step)
+        with accelerator.autocast():
+            posterior = model.encode(clips).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+        error = (decoded.float() - clips).abs()
+        kl = posterior.kl().sum() / posterior.mean.numel()
+        # Most pixels are background: the worst tenth of them are the outlines, where shapes are told apart.
+        edges = error.flatten().topk(error.numel() // 10).values.mean()
+        loss = error.mean() + error.square().mean() + 0.3 * edges + stage.kl_weight * kl
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        report("vae", step + 1, stage.steps, {"l1": error.mean().item(), "edges": edges.item(), "kl": kl.item()})
+        if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
+            accelerator.save_state(str(state))
+    trained = accelerator.unwrap_model(model)
+    mean, deviation = latent_statistics(trained, seed)
+    trained.register_to_config(latents_mean=mean, latents_std=deviation)
+    return trained
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over a few clips, for the VAE's own configuration."""
+    latents: list[Tensor] = []
+    for i in range(24):
+        clips, _ = draw_clips(Random(f"statistics {seed} {i}"), 2, 17, 64, 64)
+        latents.append(vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu())
+    values = torch.cat(latents).transpose(0, 1).flatten(1)
+    return values.mean(1).tolist(), values.std(1).tolist()

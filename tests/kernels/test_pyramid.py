@@ -1,0 +1,75 @@
+"""The key/value pyramid: levels, weights, padding and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from ziggurat.kernels.pyramid import build_pyramid
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 64, 203])
+def test_levels_are_padded_and_weigh_all_tokens(tokens):
+    key, value = torch.randn(2, 3, tokens, 8), torch.randn(2, 3, tokens, 8)
+    pyramid = build_pyramid(key, value, block=16, factors=(1, 4, 16))
+    assert all(offset % 16 == 0 for offset in pyramid.offsets)
+    assert pyramid.log_weight.shape == (1, 1, pyramid.rows)
+    assert pyramid.pooled_key.shape == (2, 3, pyramid.rows - pyramid.offsets[1], 8)
+    for level in range(pyramid.levels):
+        begin, end = pyramid.offsets[level], pyramid.offsets[level + 1]
+        assert float(pyramid.log_weight[..., begin:end].exp().sum()) == pytest.approx(tokens)
+        assert pyramid.blocks_at(level) == range(begin // 16, end // 16)
+
+
+def test_pooled_rows_are_means_over_live_rows():
+    key, value = torch.randn(1, 1, 10, 4, dtype=torch.float64), torch.randn(1, 1, 10, 4, dtype=torch.float64)
+    weight = torch.zeros(1, 1, 10)
+    weight[..., 1] = -math.inf
+    weight[..., 4:8] = -math.inf
+    weight[..., 9] = math.log(3)
+    key[..., 1, :] = math.nan
+    pyramid = build_pyramid(key, value, block=4, factors=(1, 4), key_log_weight=weight)
+    pooled, logs = pyramid.pooled_key[0, 0], pyramid.log_weight[0, 0, pyramid.offsets[1] :]
+    torch.testing.assert_close(pooled[0], key[0, 0, [0, 2, 3]].mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pooled[2], (key[0, 0, 8] + 3 * key[0, 0, 9]) / 4, rtol=1e-6, atol=1e-6)
+    assert bool((pooled[[1, 3]] == 0).all())
+    torch.testing.assert_close(logs, torch.tensor([math.log(3), -math.inf, math.log(4), -math.inf]))
+
+
+def test_per_head_rows_and_weights():
+    key = torch.randn(2, 2, 6, 4)
+    rows = torch.tensor([[0, 1, 2, 3, 4, 5, -1, -1], [5, -1, 4, 3, -1, 2, 1, 0]], dtype=torch.int32)
+    weight = torch.randn(2, 1, 6)
+    pyramid = build_pyramid(key, key, rows, block=4, factors=(1, 2), key_log_weight=weight)
+    assert pyramid.log_weight.shape == (2, 2, 12)
+    assert float(pyramid.log_weight[1, 1, 3]) == pytest.approx(float(weight[1, 0, 3]))
+    assert float(pyramid.log_weight[0, 1, 4]) == -math.inf
+    torch.testing.assert_close(pyramid.pooled_key[1, 1, 0], key[1, 1, 5])
+
+
+def test_gradients_reach_tokens_through_pooled_rows():
+    key = torch.randn(1, 1, 10, 4).requires_grad_()
+    pyramid = build_pyramid(key, key, block=4, factors=(1, 4))
+    pyramid.pooled_key.sum().backward()
+    torch.testing.assert_close(key.grad[0, 0, :, 0], torch.tensor([0.25] * 8 + [0.5] * 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block": 0}, "block must be positive"),
+        ({"factors": (2, 4)}, "factors must start with 1"),
+        ({"factors": (1, 4, 4)}, "factors must start with 1"),
+        ({"value": torch.zeros(1, 1, 9, 4)}, "same four dimensions"),
+        ({"value": torch.zeros(1, 1, 10, 4).double()}, "one floating dtype"),
+        ({"key_rows": torch.zeros(1, 10, dtype=torch.int32)}, "multiple of block"),
+        ({"key_rows": torch.full((1, 16), 10, dtype=torch.int32)}, "key_rows must lie in"),
+        ({"key_log_weight": torch.zeros(1, 1, 9)}, "key_log_weight must be"),
+        ({"key_log_weight": torch.full((1, 1, 10), math.nan)}, "finite or -inf"),
+    ],
+)
+def test_refusals(change, words):
+    key = torch.zeros(1, 1, 10, 4)
+    given = {"key": key, "value": key, "block": 16, **change}
+    with pytest.raises(ValueError, match=words):
+        build_pyramid(given.pop("key"), given.pop("value"), given.pop("key_rows", None), **given)
