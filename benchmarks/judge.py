@@ -265,14 +265,14 @@ def main() -> None:
     for size in ((1, 128, 128), (5, 32, 32), (17, 64, 64), (9, 96, 160)):
         note(f"true, 1 object, {'x'.join(map(str, size))}", true_shares(clips, 1, Random(50), size))
     video = clip(draw(Random(0), 2), Random(0), full)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(10):
         judge(video)
     report = {
         "clips_each": clips,
         "size": full,
         "shares": result,
-        "seconds_per_clip": round((time.perf_counter() - began) / 10, 3),
+        "processor_seconds_per_clip": round((time.process_time() - began) / 10, 3),
         "machine": {"processor": _processor(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
     }

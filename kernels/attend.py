@@ -41,8 +41,8 @@ def attend(
         raise ValueError(f"backend must be one of {known}, got {backend!r}")
     check(query, pyramid, blocks, compute_dtype)
     run = BACKENDS["torch" if backend == "auto" else backend]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return run(query, pyramid, blocks, scale=scale, compute_dtype=compute_dtype or query.dtype)
+    factor = float(query.shape[-1]) ** -0.5 if scale is None else scale
+    return run(query, pyramid, blocks, scale=factor, compute_dtype=compute_dtype or query.dtype)
 
 
 def check(query: Tensor, pyramid: KVPyramid, blocks: BlockList, compute_dtype: torch.dtype | None = None) -> None:

@@ -51,8 +51,9 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("the torch backend has no second derivative: use backend='reference'")
         *tensors, out, lse = ctx.saved_tensors
         pyramid, blocks, scale, compute_dtype = ctx.rest
         results = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]

@@ -128,7 +128,7 @@ def build_pyramid(
     pooled_key = pooled_value = key.new_zeros(batch, heads, 0, head_dim)
     if len(factors) > 1:
         live = log_weight > -math.inf
-        sources = tuple(gather_rows(tensor, key_rows, live) for tensor in (key, value))
+        sources = gather_rows(key, key_rows, live), gather_rows(value, key_rows, live)
         sizes = [end - begin for begin, end in itertools.pairwise(offsets)][1:]
         means, weights = zip(
             *(_pool(sources, log_weight, factor, size) for factor, size in zip(factors[1:], sizes, strict=True)),

@@ -161,9 +161,10 @@ def _gated_op(
 
         options["backend"] = None if backend is None else AttentionBackendName(backend)
         rebound = _homes.get(home)
-        if rebound is None or rebound.dispatch is None:
-            raise RuntimeError(f"{home} was detached after it was compiled; call torch.compiler.reset() first")
-        out = _dispatch(slot, rebound.dispatch, query, key, value, options)
+        # Code compiled before a detach still comes here: its route is gone, and the name is the original again.
+        original = rebound.dispatch if rebound else None
+        original = original or sys.modules[home].dispatch_attention_fn
+        out = _dispatch(slot, original, query, key, value, options)
     else:
         out = _sdpa(slot, query, key, value, options)
     return out.contiguous()

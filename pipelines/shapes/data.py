@@ -1,4 +1,4 @@
-"""Endless training clips. Each batch follows from (seed, step) alone, so that a resumed run sees what it would have seen."""
+"""Endless training clips, each batch following from its random source alone."""
 
 from random import Random
 

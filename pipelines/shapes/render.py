@@ -70,9 +70,7 @@ def _track(size: str, motion: str, random: Random, aspect: float) -> Track:
 def _clear(one: Track, two: Track) -> bool:
     reach = (one.radius + two.radius) * CIRCUMRADIUS + GAP
     for i in range(9):
-        x, y = (
-            (one.start[a] - two.start[a]) * (1 - i / 8) + (one.end[a] - two.end[a]) * (i / 8) for a in range(2)
-        )
+        x, y = ((one.start[a] - two.start[a]) * (1 - i / 8) + (one.end[a] - two.end[a]) * (i / 8) for a in range(2))
         if math.hypot(x, y) < reach:
             return False
     return True
@@ -88,9 +86,7 @@ def shorten(track: Track, begin: float, end: float) -> Track:
     return Track(at(begin), at(end), track.radius)
 
 
-def render(
-    scenes: Sequence[Scene], tracks: Sequence[Sequence[Track]], frames: int, height: int, width: int
-) -> Tensor:
+def render(scenes: Sequence[Scene], tracks: Sequence[Sequence[Track]], frames: int, height: int, width: int) -> Tensor:
     """Clips of `scenes` along `tracks`: float32 [len(scenes), 3, frames, height, width] in −1…1."""
     count, most = len(scenes), max(len(scene.things) for scene in scenes)
     clip = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes]).float().view(count, 3, 1, 1, 1)

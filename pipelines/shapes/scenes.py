@@ -24,7 +24,9 @@ GRAMMAR = (
     f"COLOUR one of {', '.join(COLOURS)}; SHAPE one of {', '.join(SHAPES)}; MOTION one of {', '.join(MOTIONS)}; "
     f"BACKGROUND one of {', '.join(BACKGROUNDS)}; two objects are joined by 'and'"
 )
-VOCABULARY = tuple(dict.fromkeys(" ".join((*SIZES, *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, "a and on background")).split()))
+VOCABULARY = tuple(
+    dict.fromkeys(" ".join((*SIZES, *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, "a and on background")).split())
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -106,7 +108,8 @@ def draw_scene(random: Random, two_share: float = 0.0) -> Scene:
         return first
     (thing,) = first.things
     while True:
-        (other,) = random.choice(training_scenes()).things
+        second = random.choice(training_scenes())
+        (other,) = second.things
         distinct = other.colour != thing.colour and (other.shape, other.size) != (thing.shape, thing.size)
-        if distinct and "small" in (thing.size, other.size):
+        if distinct and "small" in (thing.size, other.size) and second.background == first.background:
             return Scene((thing, other), first.background)

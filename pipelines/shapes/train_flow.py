@@ -9,12 +9,11 @@ from random import Random
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from .data import draw_clips
 from .train_vae import Report

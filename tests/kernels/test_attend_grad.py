@@ -1,5 +1,6 @@
 """Gradients of the torch backend, and what unread rows must not reach."""
 
+import functools
 import math
 
 import pytest
@@ -11,18 +12,18 @@ from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.listops import all_blocks, from_dense
 from ziggurat.kernels.pyramid import build_pyramid
 
-SMALL = {"tokens": 19, "head_dim": 3, "block": 4, "tile": 8, "batch": 1, "heads": 2}
+small = functools.partial(Case, tokens=19, head_dim=3, block=4, tile=8, batch=1, heads=2)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        *(Case(lists=name, **SMALL) for name in ("all", "none", "random", "some_all", "masked", "unread")),
-        Case(lists="one_level", factors=(1, 2, 4), **SMALL),
-        Case(lists="masked", factors=(1, 4), keys=13, layout="shuffled", **SMALL),
-        Case(lists="random", factors=(1, 2), masked_keys=0.4, layout="gaps", **SMALL),
-        Case(lists="all", masked_keys=0.4, **SMALL),
-        Case(lists="random", spread=200.0, **SMALL),
+        *(small(lists=name) for name in ("all", "none", "random", "some_all", "masked", "unread")),
+        small(lists="one_level", factors=(1, 2, 4)),
+        small(lists="masked", factors=(1, 4), keys=13, layout="shuffled"),
+        small(lists="random", factors=(1, 2), masked_keys=0.4, layout="gaps"),
+        small(lists="all", masked_keys=0.4),
+        small(lists="random", spread=200.0),
     ],
     ids=str,
 )
@@ -33,7 +34,7 @@ def test_gradcheck(case):
     def run(query, key, value):
         return attend(query, problem.pyramid(key, value), problem.blocks)[0]
 
-    assert torch.autograd.gradcheck(run, tensors, eps=1e-6, atol=1e-6, rtol=1e-4)
+    assert torch.autograd.gradcheck(run, tensors, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
 CASES = [
@@ -49,7 +50,11 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_as_exact_as_the_precision(case, dtype):
-    """Held to the reference in float64; what the dense computation loses to rounded inputs alone sets the scale."""
+    """Held to the reference in float64; what inputs nudged by one rounding change sets the scale.
+
+    Five of them: logits, lse, their difference, the weights' products and the sums are each rounded; and lse, kept
+    in its own dtype, is off by a rounding of its size, which every weight inherits.
+    """
     problem = build(case, dtype)
     weight = torch.randn(problem.query.shape, dtype=torch.float64).to(dtype)
 
@@ -62,10 +67,14 @@ def test_gradients_are_as_exact_as_the_precision(case, dtype):
         return torch.autograd.grad(out, tensors, weight.to(precision))
 
     unit = torch.finfo(dtype).eps
+    _, lse = attend(problem.query, problem.pyramid(), problem.blocks)
+    size = float(lse[lse > -math.inf].abs().amax()) * torch.finfo(lse.dtype).eps
     wanted, nudged = gradients(torch.float64, "reference"), gradients(torch.float64, "reference", unit)
     for got, exact, moved in zip(gradients(dtype, "torch"), wanted, nudged, strict=True):
         assert got.dtype == dtype
-        assert float((got - exact).norm()) <= 3 * float((moved - exact).norm()) + 2 * unit * float(exact.norm())
+        assert float((got - exact).norm()) <= 5 * float((moved - exact).norm()) + (2 * unit + size) * float(
+            exact.norm()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -96,10 +105,10 @@ def test_rows_that_a_list_or_a_row_mask_leaves_out_reach_nothing(dtype):
     value[:, :, unread] = math.inf
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
     out, lse = attend(query, build_pyramid(key, value, block=16), blocks)
-    out.sum().backward()
+    gradients = torch.autograd.grad(out.sum(), tensors)
     assert bool(out.isfinite().all() and lse.isfinite().all())
-    assert all(bool(tensor.grad.isfinite().all()) for tensor in tensors)
-    assert bool((value.grad[:, :, ~unread] != 0).all() and (value.grad[:, :, unread] == 0).all())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert bool((gradients[2][:, :, ~unread] != 0).all() and (gradients[2][:, :, unread] == 0).all())
 
 
 def test_padding_of_tiles_carries_no_token():
@@ -108,9 +117,9 @@ def test_padding_of_tiles_carries_no_token():
     rows = torch.tensor([[[5, -1, 9, -1]]], dtype=torch.int32)
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
     out, _ = attend(query, build_pyramid(key, value, block=16), all_blocks(rows, 16))
-    out.sum().backward()
+    gradients = torch.autograd.grad(out.sum(), tensors)
     assert bool(out.isfinite().all())
-    assert all(bool(tensor.grad.isfinite().all()) for tensor in tensors)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def test_no_graph_without_gradients():

@@ -223,7 +223,7 @@ def test_copied_transformer_is_stock_after_detach(wan, latents_of, sparse_plan):
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_compiled_fullgraph(wan, regional, latents_of, sparse_plan):
     torch._dynamo.reset()
-    original = wan.transformer
+    original, stock = wan.transformer, latents_of(wan)
     with attach(wan, sparse_plan()) as handle:
         expected = latents_of(wan)
         if regional:
@@ -234,6 +234,7 @@ def test_compiled_fullgraph(wan, regional, latents_of, sparse_plan):
         torch.testing.assert_close(latents_of(wan), expected, rtol=0, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert sum(step.sparse_calls for step in handle.steps) > 0
+    torch.testing.assert_close(latents_of(wan), stock, rtol=0, atol=1e-5)
     torch._dynamo.reset()
 
 

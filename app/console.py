@@ -1,0 +1,117 @@
+"""What the command line says to people: notes and errors on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+LONGEST = 1000
+
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
+]
+
+
+def note(message: str) -> None:
+    """A line for people, beside the results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """A line that begins with "warning"."""
+    note(f"warning: {message}")
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.filename:
+        said = f"{said}: {error.filename}"
+    said = " ".join(said.split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in said:
+        return "memory ran out: take fewer frames or a smaller size"
+    if not isinstance(error, ValueError | OSError | NotImplementedError | ImportError):
+        said = f"unexpected {type(error).__name__}: {said}; run again with --debug to see where"
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+
+
+def _terminated(_number: int, _frame: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """The one place where errors end: one sentence and exit code 1, 130 for Ctrl-C; a traceback with --debug alone."""
+    global _debug
+    _debug = False
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        # So that a run ended from outside also removes its half file.
+        signal.signal(signal.SIGTERM, _terminated)
+        yield
+    except KeyboardInterrupt:
+        note("stopped; nothing was written")
+        raise SystemExit(130) from None
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        note(f"error: {sentence(error)}")
+        raise SystemExit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def progress_bars(labels: dict[str, str]) -> Iterator[Any]:
+    """A function (stage, done, total) that draws one bar a stage on stderr; stages without a label are not drawn."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks and stage in labels:
+                tasks[stage] = bars.add_task(labels[stage], total=total)
+            if stage in tasks:
+                bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of Hugging Face's libraries would bury what we say; with --debug they stay."""
+    if _debug:
+        return
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()

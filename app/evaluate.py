@@ -1,0 +1,57 @@
+"""`ziggurat evaluate`: does a video show its sentence, and what does a plan cost?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import Debug, note, progress_bars, quiet_libraries
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="shapes, or a folder of a model trained like it.")] = "shapes",
+    plan: Annotated[str | None, typer.Option(help="auto, or a plan file.", show_default="dense alone")] = None,
+    captions: Annotated[int, typer.Option(min=1, help="How many held-out captions.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    cache: Annotated[Path, typer.Option(help="Finished videos; the same folder resumes.")] = Path("runs/evaluate"),
+    dtype: Annotated[str, typer.Option(help="auto (fastest on this chip), fp32, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the result as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Score the embedded model on captions it was never trained on, dense and under a plan."""
+    quiet_libraries()
+    from ..pipelines.loading import load
+    from ..pipelines.shapes import evaluate as evaluating
+
+    pipe = load(model, dtype=dtype)
+    note(f"{model}: {dtype}")
+    pipe.set_progress_bar_config(disable=True)
+    labels = {"dense": "dense", "plan": "under the plan", "floors": "floors"}
+    with progress_bars(labels) as report:
+        result = evaluating.evaluate(
+            pipe, plan, captions=captions, steps=steps, guidance=guidance, cache=cache, report=report
+        )
+    for line in summary(result):
+        print(line)
+    if as_json:
+        print(json.dumps(result))
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """The scores in a few lines for people."""
+    lines = []
+    for name in ("dense", "sparse"):
+        scores = {attribute: score["share"] for attribute, score in result.get(name, {}).items()}
+        if scores:
+            lines.append(f"{name:8} " + ", ".join(f"{attribute} {share:.1%}" for attribute, share in scores.items()))
+    if "lost" in result:
+        lost = result["lost"]
+        lines.append(
+            f"lost     {lost['count']} of {lost['of']} that dense gets right"
+            f" ({lost['share']:.1%}, at most {lost['high']:.1%}) at density {result['density']:.1%}"
+        )
+    return lines

@@ -1,0 +1,92 @@
+"""What is seen of a run from outside: its steps as they end, its tokens, and the first NaN."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hook import attention_modules
+from .models import MODELS, ModelRow
+from .plans import TRANSFORMERS
+
+
+class Watch:
+    """Watches one run of a pipeline; a context manager.
+
+    report: called with the steps done and the steps there are. layers: also look at what every attention layer is
+    given (a plan that is attached does that itself).
+    tokens: of the visual sequence, None where the transformer's class has no row in the table.
+    """
+
+    def __init__(self, pipe: Any, *, report: Callable[[int, int], None], layers: bool) -> None:
+        self.pipe, self.report, self.layers = pipe, report, layers
+        self.tokens: int | None = None
+        self.step = 0
+        self._sums: list[tuple[int, str, Tensor]] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        for name in TRANSFORMERS:
+            module = getattr(self.pipe, name, None)
+            if isinstance(module, nn.Module):
+                self._follow(getattr(module, "_orig_mod", module))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline's call is to be given for this."""
+        if "callback_on_step_end" not in inspect.signature(self.pipe.__call__).parameters:
+            return {}
+        return {"callback_on_step_end": self._end_of_step, "callback_on_step_end_tensor_inputs": ["latents"]}
+
+    def _follow(self, transformer: nn.Module) -> None:
+        row = MODELS.get(type(transformer).__name__)
+        if row is not None:
+            hook = functools.partial(self._measure, row)
+            self._hooks.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.layers:
+            modules = attention_modules(transformer)
+            for index, path in enumerate(row.layers(modules) if row else modules):
+                hook = functools.partial(self._sum, index, path)
+                self._hooks.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _measure(self, row: ModelRow, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        config: Any = transformer.config
+        shapes = row.shapes(config, {**dict(zip(names, args, strict=False)), **kwargs})
+        if shapes is not None:
+            self.tokens = sum(math.prod(shape) for shape in shapes)
+
+    def _sum(self, index: int, path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor):
+            # Read at the step's end: reading each would stall an accelerator at each layer.
+            self._sums.append((index, path, hidden.detach().sum(dtype=torch.float32)))
+
+    def _end_of_step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        sums, self._sums = self._sums, []
+        at = f"step {step} (timestep {float(timestep):g})"
+        advice = "check the model's weights and the prompt's embedding, or use a dtype with a wider range"
+        for index, path, total in sums:
+            if not math.isfinite(total.item()):
+                raise ValueError(f"layer {index} ({path}) was given NaN or infinity at {at}: {advice}")
+        latents = tensors.get("latents")
+        if isinstance(latents, Tensor) and not math.isfinite(latents.sum(dtype=torch.float32).item()):
+            raise ValueError(f"the latents hold NaN or infinity behind the last layer at {at}: {advice}")
+        self.step = step + 1
+        self.report(self.step, int(getattr(pipe, "num_timesteps", 0) or self.step))
+        return tensors

@@ -1,0 +1,203 @@
+"""The embedded model's grammar, renderer and training."""
+
+import dataclasses
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ziggurat.pipelines.shapes.build import (
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    build_vae,
+)
+from ziggurat.pipelines.shapes.data import draw_clips, draw_patchwork, draw_windows
+from ziggurat.pipelines.shapes.render import DIRECTION, place, render
+from ziggurat.pipelines.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    draw_scene,
+    held_out_scenes,
+    parse_caption,
+    single_scenes,
+    training_scenes,
+    unknown_words,
+)
+from ziggurat.pipelines.shapes.train_flow import (
+    FlowStage,
+    Grid,
+    LatentPool,
+    Student,
+    draw_noise_levels,
+    flow_loss,
+    train_flow,
+)
+from ziggurat.pipelines.shapes.train_vae import VaeStage, train_vae
+
+
+def test_every_caption_is_read_back():
+    random = Random(0)
+    scenes = [*single_scenes(), *(draw_scene(random, two_share=1.0) for _ in range(50))]
+    assert len(single_scenes()) == 540
+    assert [parse_caption(str(scene)) for scene in scenes] == scenes
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a cat",
+        "a large red circle moving left",
+        "a huge red circle moving left on a gray background",
+        "a large red circle moving left on a pink background",
+        "a large red circle flying on a gray background",
+    ],
+)
+def test_other_sentences_are_refused_with_the_grammar(caption: str):
+    with pytest.raises(ValueError, match="SIZE COLOUR SHAPE MOTION"):
+        parse_caption(caption)
+
+
+def test_unknown_words_are_named_once():
+    assert unknown_words("A Large teal circle, moving teal on a gray background.") == ["teal"]
+    assert unknown_words(str(single_scenes()[0])) == []
+
+
+def test_training_never_shows_a_held_out_caption():
+    random = Random(1)
+    drawn = [draw_scene(random, two_share=0.3) for _ in range(3000)]
+    held_out = set(held_out_scenes())
+    assert len(held_out) == 100
+    assert len(set(training_scenes()) & held_out) == 0
+    for scene in drawn:
+        assert not held_out & {dataclasses.replace(scene, things=(thing,)) for thing in scene.things}
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 32), (5, 32, 64), (9, 48, 32)])
+def test_clips_show_their_scene(frames: int, height: int, width: int):
+    random = Random(2)
+    scenes = [draw_scene(random, two_share=0.4) for _ in range(40)]
+    tracks = [place(scene, random, width / height) for scene in scenes]
+    clips = render(scenes, tracks, frames, height, width)
+    assert clips.shape == (40, 3, frames, height, width)
+    unit = min(height, width)
+    for scene, each, clip in zip(scenes, tracks, clips, strict=True):
+        assert _bytes(clip[:, 0, 0, 0]) == BACKGROUNDS[scene.background]
+        for thing, track in zip(scene.things, each, strict=True):
+            for end, frame in ((track.start, 0), (track.end, -1)):
+                x, y = (int(coordinate * unit) for coordinate in (end if frames > 1 else track.start))
+                assert _bytes(clip[:, frame, y, x]) == COLOURS[thing.colour]
+            travel = tuple(b - a for a, b in zip(track.start, track.end, strict=True))
+            assert tuple((part > 0) - (part < 0) for part in travel) == DIRECTION[thing.motion]
+
+
+def _bytes(pixel: torch.Tensor) -> tuple[int, ...]:
+    return tuple(((pixel + 1) * 127.5).round().int().tolist())
+
+
+def test_outlines_are_smooth():
+    random = Random(3)
+    scene = parse_caption("a large white circle staying still on a black background")
+    clip = render([scene], [place(scene, random)], 1, 64, 64)
+    assert ((clip > -0.8) & (clip < 0.8)).any()
+
+
+def test_batches_follow_from_their_seed():
+    one, two = (draw_clips(Random("step 7"), 3, 5, 32, 32, two_share=0.5) for _ in range(2))
+    assert torch.equal(one[0], two[0])
+    assert one[1] == two[1]
+    for draw in (draw_windows, draw_patchwork):
+        assert torch.equal(draw(Random(1), 2, 5, 32), draw(Random(1), 2, 5, 32))
+        assert draw(Random(1), 2, 5, 32).shape == (2, 3, 5, 32, 32)
+
+
+def test_noise_levels_cover_the_top():
+    levels = draw_noise_levels(20_000, torch.Generator().manual_seed(0))
+    assert levels.min() > 0
+    assert levels.max() < 1
+    assert (levels > 0.98).float().mean() > 0.15
+    assert (levels < 0.5).float().mean() > 0.1
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    torch.manual_seed(0)
+    return Student(build_text_encoder(build_tokenizer()), build_transformer()).eval()
+
+
+def test_short_text_weighs_as_the_pipelines_512_rows(student: Student):
+    from diffusers import WanPipeline
+
+    tokenizer = build_tokenizer()
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=student.text_encoder,
+        transformer=student.transformer,
+        vae=build_vae(),
+        scheduler=build_scheduler(),
+    )
+    prompts = ["a small red circle", "a large blue square moving left on a gray background"]
+    text, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    noisy, timestep = torch.randn(2, 8, 3, 8, 8), torch.tensor([300.0, 990.0])
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    ids, mask = (torch.nn.functional.pad(tokens[name], (0, 1)) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        stock = student.transformer(noisy, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+        ours = student(noisy, timestep, ids, mask)
+    torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_are_those_promised():
+    vae = build_vae()
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 33, 32, 32)).latent_dist.mode()
+    assert latents.shape == (1, 8, 17, 8, 8)
+    assert vae.config.scale_factor_temporal == 2
+    assert vae.config.scale_factor_spatial == 4
+
+
+def test_the_vae_learns_and_resumes(tmp_path: Path):
+    torch.manual_seed(0)
+    errors: list[float] = []
+
+    def report(_stage: str, _step: int, _total: int, figures: dict[str, float]) -> None:
+        errors.append(figures["l1"])
+
+    stage = VaeStage(steps=24, stills=24, batch=4, size=16, save_every=12)
+    accelerator = Accelerator(cpu=True)
+    train_vae(build_vae(), dataclasses.replace(stage, steps=12), tmp_path, accelerator, report)
+    vae = train_vae(build_vae(), stage, tmp_path, Accelerator(cpu=True), report)
+    assert len(errors) == 24
+    assert sum(errors[-6:]) < 0.9 * sum(errors[:6])
+    assert len(vae.config.latents_mean) == 8
+    assert min(vae.config.latents_std) > 0
+
+
+def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student: Student):
+    torch.manual_seed(0)
+    vae, tokenizer = build_vae(), build_tokenizer()
+    grid = Grid(frames=1, size=16, batch=8, fresh=4)
+    stage = FlowStage(name="tiny", steps=6, grids=((1.0, grid),), save_every=3)
+    seen: list[int] = []
+
+    def report(_stage: str, step: int, _total: int, _figures: dict[str, float]) -> None:
+        seen.append(step)
+
+    def fresh() -> Student:
+        torch.manual_seed(1)
+        return Student(build_text_encoder(tokenizer), build_transformer())
+
+    train_flow(
+        fresh(), vae, tokenizer, (dataclasses.replace(stage, steps=3),), tmp_path, Accelerator(cpu=True), report
+    )
+    trained = fresh()
+    before = [parameter.clone() for parameter in trained.parameters()]
+    train_flow(trained, vae, tokenizer, (stage,), tmp_path, Accelerator(cpu=True), report)
+    assert seen == [1, 2, 3, 4, 5, 6]
+    moved = [not torch.equal(old, new) for old, new in zip(before, trained.parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    loss, _ = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
+    assert torch.isfinite(loss)
