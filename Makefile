@@ -47,20 +47,21 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # A name on the path proves nothing: version managers put names there that only fail. So each candidate has to run.
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1 || ! $(BIN)/python -c "$(FITS)" >/dev/null 2>&1; then \
-	  chosen=; \
+	  chosen=; lacking=; \
 	  for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
-	    if "$$python" -c "$(FITS)" >/dev/null 2>&1; then chosen=$$python; break; fi; \
+	    "$$python" -c "$(FITS)" >/dev/null 2>&1 || continue; \
+	    if "$$python" -c "import ensurepip, venv" >/dev/null 2>&1; then chosen=$$python; break; fi; \
+	    lacking=$${lacking:-$$python}; \
 	  done; \
-	  if [ -z "$$chosen" ]; then \
-	    echo "Ziggurat needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),no python3 on the path) is none of them:" \
-	      "install one, or name it with PYTHON=/path/to/python3.12." >&2; exit 1; \
-	  fi; \
-	  if ! "$$chosen" -c "import ensurepip, venv" >/dev/null 2>&1; then \
-	    version=$$("$$chosen" -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
-	    echo "$$chosen can't make a virtual environment with pip in it:" \
+	  if [ -z "$$chosen" ] && [ -n "$$lacking" ]; then \
+	    version=$$("$$lacking" -c "import sys; print('%d.%d' % sys.version_info[:2])"); \
+	    echo "$$lacking can't make a virtual environment with pip in it:" \
 	      "on Debian and Ubuntu run 'apt install python$$version-venv', then make again." >&2; exit 1; \
+	  elif [ -z "$$chosen" ]; then \
+	    echo "Ziggurat needs Python 3.11, 3.12 or 3.13, and $(if $(PYTHON),$(PYTHON) is none that works,none that works" \
+	      "is on the path): install one, or name it with PYTHON=/path/to/python3.12." >&2; exit 1; \
 	  fi; \
-	  echo "Setting up .venv with $$("$$chosen" --version)"; \
+	  echo "Setting up .venv with $$("$$chosen" --version): a minute or two, once"; \
 	  "$$chosen" -m venv --clear .venv || exit 1; \
 	fi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools

@@ -27,4 +27,4 @@ def ziggurat(debug: Debug = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 Ctrl-C."""
     with told():
-        app(None if arguments is None else list(arguments))
+        app(None if arguments is None else list(arguments), prog_name="ziggurat")

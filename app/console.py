@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 LONGEST = 1000
+INTERRUPTED = 130
 
 _debug = False
 
@@ -64,9 +65,12 @@ def told() -> Iterator[None]:
         # So that a run ended from outside also removes its half file.
         signal.signal(signal.SIGTERM, _terminated)
         yield
-    except KeyboardInterrupt:
-        note("stopped; nothing was written")
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Typer turns a Ctrl-C within a command into an exit with this code.
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        note("stopped; no file was left half written, run the same command to begin again")
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if _debug:
             traceback.print_exc()

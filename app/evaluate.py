@@ -27,8 +27,8 @@ def evaluate(
     from ..pipelines.loading import load
     from ..pipelines.shapes import evaluate as evaluating
 
-    pipe = load(model, dtype=dtype)
-    note(f"{model}: {dtype}")
+    pipe: Any = load(model, dtype=dtype)
+    note(f"{model}: {str(pipe.transformer.dtype).removeprefix('torch.')}, {captions} captions; kept in {cache}")
     pipe.set_progress_bar_config(disable=True)
     labels = {"dense": "dense", "plan": "under the plan", "floors": "floors"}
     with progress_bars(labels) as report:

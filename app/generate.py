@@ -70,7 +70,7 @@ def generate(
         Plan.load(plan)
     quiet_libraries()
     from ..pipelines import generate as generating
-    from ..pipelines.loading import fastest_dtype, load
+    from ..pipelines.loading import embedded_models, fastest_dtype, load
     from ..pipelines.media import side_by_side, write_video
     from ..pipelines.record import figures, record_of
     from ..pipelines.settings import model_settings
@@ -100,7 +100,9 @@ def generate(
             warn=warn,
         )
     rate = fps or model_settings(pipe).fps
-    record = {**record_of(made), "model": model, "fps": rate, "compare": compare}
+    # A folder's path holds from anywhere; an embedded model's name also after Ziggurat has moved.
+    known = model if model in embedded_models() or not Path(model).is_dir() else str(Path(model).resolve())
+    record = {**record_of(made), "model": known, "fps": rate, "compare": compare}
     shown = made.frames
     if made.dense_frames is not None:
         shown = side_by_side(

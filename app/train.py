@@ -25,11 +25,21 @@ def shapes(
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each stage.", show_default="its own")] = None,
     precision: Annotated[str, typer.Option(help="bf16 or no.")] = "bf16",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = True,
     seed: Annotated[int, typer.Option(help="Source of everything random.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Train the miniature of Wan on captioned clips of moving shapes; resumes where it stopped."""
     from ..pipelines.shapes.train import train
 
-    train(out, run=run, start=start, stages=stage or (), steps=steps, mixed_precision=precision, seed=seed)
+    train(
+        out,
+        run=run,
+        start=start,
+        stages=stage or (),
+        steps=steps,
+        mixed_precision=precision,
+        compiled=compiled,
+        seed=seed,
+    )
     print(f"out      {out}")

@@ -118,7 +118,8 @@ def memory_needed(pipe: Any, rule: SizeRule, frames: int, height: int, width: in
     """Bytes that a run needs beside the weights, an estimate.
 
     Transformer: N tokens x (6 model dims + 2 feed-forward dims in its dtype + 2 model dims in float32).
-    VAE: 4 copies of its widest full-size layer, of 4 frames where it decodes in chunks and else of all.
+    VAE: 12 layers of its base width at full size (caches and working copies), of 4 frames where it decodes in chunks
+    and else of all.
     Pixels: the decoder's output twice in its dtype, float32 twice, uint8; a comparison holds 6 more float32 copies.
     """
     config = transformer_config(pipe)
@@ -133,7 +134,7 @@ def memory_needed(pipe: Any, rule: SizeRule, frames: int, height: int, width: in
     vae_config = getattr(vae, "config", {})
     channels = vae_config.get("base_dim") or (vae_config.get("block_out_channels") or (128,))[0]
     at_once = min(frames, 4) if hasattr(vae, "clear_cache") else frames
-    total += 4 * channels * at_once * height * width * vae_item
+    total += 12 * channels * at_once * height * width * vae_item
     return total + 3 * frames * height * width * (2 * vae_item + 9 + 24 * compare)
 
 

@@ -19,6 +19,7 @@ from .data import draw_clips
 from .train_vae import Report
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
+SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ def train_flow(
     accelerator: Accelerator,
     report: Report,
     seed: int = 0,
+    compiled: bool = False,
 ) -> None:
     """Train `student` in place through `stages`, resuming from `run`; at the end it holds the averaged weights."""
     vae = vae.to(accelerator.device).eval().requires_grad_(False)
@@ -147,6 +149,9 @@ def train_flow(
     state = run / "flow-state"
     if state.exists():
         accelerator.load_state(str(state))
+    if compiled:
+        for block in accelerator.unwrap_model(student).transformer.blocks:
+            block.compile(dynamic=False)
     total, before = sum(stage.steps for stage in stages), 0
     for stage in stages:
         pools = [LatentPool(grid, vae) for _, grid in stage.grids]
@@ -213,9 +218,8 @@ def flow_loss(
     level = draw_noise_levels(len(captions), generator)
     noise = torch.randn(clean.shape, generator=generator)
     mix = level.view(-1, 1, 1, 1, 1)
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    # One padding row at least, to stand for all of them.
-    ids, mask = (nn.functional.pad(tokens[name], (0, 1)) for name in ("input_ids", "attention_mask"))
+    tokens = tokenizer(captions, padding="max_length", max_length=SHORT_TEXT_ROWS, return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
     clean, noise, noisy, ids, mask, timestep = (
         x.to(accelerator.device) for x in (clean, noise, clean * (1 - mix) + noise * mix, ids, mask, level * 1000)
     )

@@ -20,7 +20,8 @@ class VaeStage:
     """How the VAE is trained: `steps` batches of `batch` windows of `size`×`size` pixels and some of `frames` frames.
 
     The first `stills` steps see single frames, half of them patchwork, and squared errors: so the latents soon say
-    what is where, which clips of mostly background would take long to teach.
+    what is where, which clips of mostly background would take long to teach. With `decoder_only` the latents stay as
+    they are, and whoever has learned to make them need not learn again.
     """
 
     steps: int = 1000
@@ -31,22 +32,27 @@ class VaeStage:
     patchwork: float = 0.15
     learning_rate: float = 2e-3
     kl_weight: float = 3e-5
+    decoder_only: bool = False
     save_every: int = 100
 
 
 def train_vae(
-    vae: AutoencoderKLWan, stage: VaeStage, run: Path, accelerator: Accelerator, report: Report, seed: int = 0
+    vae: AutoencoderKLWan, stage: VaeStage, state: Path, accelerator: Accelerator, report: Report, seed: int = 0
 ) -> AutoencoderKLWan:
-    """Train `vae` in place, resuming from `run` if it holds a state, and give it its latents' mean and deviation."""
+    """Train `vae` in place, resuming from `state` if it is there, and give it its latents' mean and deviation."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    if stage.decoder_only:
+        vae.requires_grad_(False)
+        for part in (vae.post_quant_conv, vae.decoder):
+            part.requires_grad_(True)
+    learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, max(1 - step / stage.steps, 0.01))
     )
     model, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
-    state = run / "vae-state"
     first = 0
     if state.exists():
         accelerator.load_state(str(state))
@@ -69,16 +75,22 @@ def train_vae(
         if not still:
             loss = loss + error.mean() + 0.3 * edges
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        accelerator.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        report("vae", step + 1, stage.steps, {"l1": error.mean().item(), "edges": edges.item(), "kl": kl.item()})
+        report(
+            "decoder" if stage.decoder_only else "vae",
+            step + 1,
+            stage.steps,
+            {"l1": error.mean().item(), "edges": edges.item(), "kl": kl.item()},
+        )
         if (step + 1) % stage.save_every == 0 or step + 1 == stage.steps:
             accelerator.save_state(str(state))
-    trained = accelerator.unwrap_model(model)
-    mean, deviation = latent_statistics(trained, seed)
-    trained.register_to_config(latents_mean=mean, latents_std=deviation)
+    trained = accelerator.unwrap_model(model).requires_grad_(True)
+    if not stage.decoder_only:
+        mean, deviation = latent_statistics(trained, seed)
+        trained.register_to_config(latents_mean=mean, latents_std=deviation)
     return trained
 
 

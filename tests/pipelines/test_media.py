@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -28,8 +29,9 @@ def clip(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
 def test_frames_come_back(tmp_path: Path, size: tuple[int, int, int], extension: str):
     video = clip(*size)
     path = write_video(tmp_path / f"video{extension}", video, 12, record={"seed": 1})
-    read = iio.imread(path, index=None if extension == ".mp4" else ...)
-    read = read if read.ndim == 4 else read[None]
+    # imageio's frames of a picture format are its pages.
+    pages: Any = None if extension == ".mp4" else ...
+    read = iio.imread(path, index=pages)
     assert len(read) == len(video)
     cut = read[:, : size[1], : size[2], :3].astype(int)
     assert np.abs(cut - video).mean() < {".mp4": 6, ".gif": 3, ".png": 0.001}[extension]

@@ -168,12 +168,18 @@ def test_the_vae_learns_and_resumes(tmp_path: Path):
 
     stage = VaeStage(steps=24, stills=24, batch=4, size=16, save_every=12)
     accelerator = Accelerator(cpu=True)
-    train_vae(build_vae(), dataclasses.replace(stage, steps=12), tmp_path, accelerator, report)
-    vae = train_vae(build_vae(), stage, tmp_path, Accelerator(cpu=True), report)
+    train_vae(build_vae(), dataclasses.replace(stage, steps=12), tmp_path / "vae", accelerator, report)
+    vae = train_vae(build_vae(), stage, tmp_path / "vae", Accelerator(cpu=True), report)
     assert len(errors) == 24
     assert sum(errors[-6:]) < 0.9 * sum(errors[:6])
     assert len(vae.config.latents_mean) == 8
     assert min(vae.config.latents_std) > 0
+
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    tail = VaeStage(steps=2, stills=0, batch=1, size=16, frames=(5,), decoder_only=True)
+    train_vae(vae, tail, tmp_path / "decoder", Accelerator(cpu=True), report)
+    moved = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert moved == {"decoder", "post_quant_conv"}
 
 
 def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student: Student):
@@ -190,9 +196,7 @@ def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student:
         torch.manual_seed(1)
         return Student(build_text_encoder(tokenizer), build_transformer())
 
-    train_flow(
-        fresh(), vae, tokenizer, (dataclasses.replace(stage, steps=3),), tmp_path, Accelerator(cpu=True), report
-    )
+    train_flow(fresh(), vae, tokenizer, (dataclasses.replace(stage, steps=3),), tmp_path, Accelerator(cpu=True), report)
     trained = fresh()
     before = [parameter.clone() for parameter in trained.parameters()]
     train_flow(trained, vae, tokenizer, (stage,), tmp_path, Accelerator(cpu=True), report)
