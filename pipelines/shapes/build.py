@@ -1,9 +1,12 @@
 """The embedded model before training: diffusers' own Wan classes, small."""
 
 import math
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -32,7 +35,7 @@ def build_vae() -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def _keep_signal(vae: AutoencoderKLWan) -> None:
+def _keep_signal(vae: Any) -> None:
     """Initialise so that what differs from place to place passes both halves at full strength.
 
     With PyTorch's own initialisation a change of the input is 15 times weaker at the output, and hundreds of steps
@@ -78,6 +81,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
     """A two-layer encoder over the captions' words."""
+    special: Any = tokenizer
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
@@ -87,8 +91,8 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
             num_layers=2,
             num_heads=4,
             dropout_rate=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=special.pad_token_id,
+            eos_token_id=special.eos_token_id,
         )
     )
 

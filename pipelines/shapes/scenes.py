@@ -65,13 +65,11 @@ def parse_caption(caption: str) -> Scene:
     things = []
     for part in body.split(" and "):
         words = part.split()
-        thing = Thing(*words[1:4], " ".join(words[4:])) if len(words) == 6 and words[0] == "a" else None
-        known = thing and (
-            thing.size in SIZES and thing.colour in COLOURS and thing.shape in SHAPES and thing.motion in MOTIONS
-        )
-        if not thing or not known:
+        size, colour, shape = words[1:4] if len(words) == 6 and words[0] == "a" else ("", "", "")
+        motion = " ".join(words[4:])
+        if size not in SIZES or colour not in COLOURS or shape not in SHAPES or motion not in MOTIONS:
             raise ValueError(f"caption {caption!r} is not in the grammar: {GRAMMAR}")
-        things.append(thing)
+        things.append(Thing(size, colour, shape, motion))
     if not found or background not in BACKGROUNDS or len(things) > 2:
         raise ValueError(f"caption {caption!r} is not in the grammar: {GRAMMAR}")
     return Scene(tuple(things), background)
@@ -87,7 +85,7 @@ def single_scenes() -> tuple[Scene, ...]:
 @cache
 def held_out_scenes() -> tuple[Scene, ...]:
     """The single-object scenes that training never shows, from `held_out.txt`."""
-    lines = files(__package__).joinpath("held_out.txt").read_text().splitlines()
+    lines = files("ziggurat.pipelines.shapes").joinpath("held_out.txt").read_text().splitlines()
     return tuple(parse_caption(line) for line in lines if line)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanPipeline
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .build import build_scheduler, build_text_encoder, build_tokenizer, build_transformer, build_vae
 from .scenes import GRAMMAR, held_out_scenes
@@ -29,8 +31,8 @@ DECODER = VaeStage(
     steps=400, stills=0, batch=2, size=48, frames=(17, 17, 33, 17), learning_rate=1e-3, decoder_only=True
 )
 STAGES = (
-    FlowStage(name="tiny", steps=2500, grids=((1.0, TINY),)),
-    FlowStage(name="middle", steps=2500, grids=((0.85, MIDDLE), (0.15, TINY))),
+    FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
+    FlowStage(name="middle", steps=2400, grids=((0.85, MIDDLE), (0.15, TINY))),
     FlowStage(
         name="full",
         steps=1200,
@@ -76,7 +78,7 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    tokenizer: Any = build_tokenizer()
     with _progress() as report:
         if start is None:
             vae = _trained_vae(run, accelerator, report, seed)
@@ -129,7 +131,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
         old.rmdir()
 
 
-DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 20, "guidance": 4.0, "fps": 16}
+DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 20, "guidance": 4.0, "fps": 16, "captions": "shapes"}
 
 CARD = """---
 license: apache-2.0
@@ -160,7 +162,7 @@ def _progress() -> Iterator[Report]:
     )
     with Progress(*columns, TimeRemainingColumn()) as bar:
         smooth: dict[str, float] = {}
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
         spoken = begun = time.monotonic()
         first = 0
 

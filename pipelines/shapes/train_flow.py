@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers import transformer_wan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
@@ -86,12 +88,13 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
         out = torch.bmm(scores.softmax(-1), v)
         return out.view(batch, heads, rows, dim).transpose(1, 2)
 
-    stock = transformer_wan.dispatch_attention_fn
-    transformer_wan.dispatch_attention_fn = attention
+    host: Any = transformer_wan
+    stock = host.dispatch_attention_fn
+    host.dispatch_attention_fn = attention
     try:
         yield
     finally:
-        transformer_wan.dispatch_attention_fn = stock
+        host.dispatch_attention_fn = stock
 
 
 def draw_noise_levels(count: int, generator: torch.Generator) -> Tensor:
@@ -106,7 +109,7 @@ def draw_noise_levels(count: int, generator: torch.Generator) -> Tensor:
 class LatentPool:
     """Encoded clips of one grid: a few new ones each step, the rest drawn from those of the last steps."""
 
-    def __init__(self, grid: Grid, vae: AutoencoderKLWan):
+    def __init__(self, grid: Grid, vae: Any):
         self.grid, self.vae = grid, vae
         self.mean, self.deviation = (
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)

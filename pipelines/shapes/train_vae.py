@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from .data import draw_clips, draw_patchwork, draw_windows
@@ -95,7 +96,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, seed: int) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over a few clips, for the VAE's own configuration."""
     latents: list[Tensor] = []
     for i in range(24):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.models import attention_processor
@@ -12,6 +14,8 @@ from ziggurat.pipelines import attach, models
 from ziggurat.pipelines.models import MODELS, ModelRow, latent_patches
 
 HEADS, TEXT = 2, 8
+
+ATTENTION: Any = attention_processor
 
 
 class Pipe:
@@ -60,14 +64,14 @@ def forward(pipe: Pipe) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dense_plan", "sparse_plan"])
 def test_joint_attention_by_one_row(joint, kind, request):
     plan = request.getfixturevalue(kind)(model_class="CogVideoXTransformer3DModel", heads=HEADS)
-    stock, functional = forward(joint), attention_processor.F
+    stock, functional = forward(joint), ATTENTION.F
     with attach(joint, plan) as handle:
         found = forward(joint)
         grids = list(handle._runs["transformer"]._grids.values())
     with attach(joint, plan, backend="reference"):
         torch.testing.assert_close(forward(joint), found, rtol=0, atol=1e-5)
     assert grids == [TokenGrid.video(5, 4, 6, text_before=TEXT)]
-    assert attention_processor.F is functional
+    assert ATTENTION.F is functional
     assert torch.equal(forward(joint), stock)
     assert torch.allclose(found, stock, rtol=0, atol=1e-5) == (kind == "dense_plan")
     assert handle.steps[0].branches == ["text 0"]

@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+
 from ziggurat.pipelines.shapes.build import (
     build_scheduler,
     build_text_encoder,
@@ -129,9 +132,7 @@ def student() -> Student:
 
 
 def test_short_text_weighs_as_the_pipelines_512_rows(student: Student):
-    from diffusers import WanPipeline
-
-    tokenizer = build_tokenizer()
+    tokenizer: Any = build_tokenizer()
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=student.text_encoder,
@@ -151,7 +152,7 @@ def test_short_text_weighs_as_the_pipelines_512_rows(student: Student):
 
 
 def test_sizes_are_those_promised():
-    vae = build_vae()
+    vae: Any = build_vae()
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 33, 32, 32)).latent_dist.mode()
     assert latents.shape == (1, 8, 17, 8, 8)
@@ -169,7 +170,7 @@ def test_the_vae_learns_and_resumes(tmp_path: Path):
     stage = VaeStage(steps=24, stills=24, batch=4, size=16, save_every=12)
     accelerator = Accelerator(cpu=True)
     train_vae(build_vae(), dataclasses.replace(stage, steps=12), tmp_path / "vae", accelerator, report)
-    vae = train_vae(build_vae(), stage, tmp_path / "vae", Accelerator(cpu=True), report)
+    vae: Any = train_vae(build_vae(), stage, tmp_path / "vae", Accelerator(cpu=True), report)
     assert len(errors) == 24
     assert sum(errors[-6:]) < 0.9 * sum(errors[:6])
     assert len(vae.config.latents_mean) == 8

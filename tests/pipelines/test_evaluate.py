@@ -1,0 +1,83 @@
+"""The evaluation: shares and their intervals, what a plan loses, and going on after an interruption."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ziggurat.attention.plan import Plan
+from ziggurat.pipelines.fidelity import object_boxes, psnr, ssim
+from ziggurat.pipelines.shapes.evaluate import evaluate, wilson
+
+SMALL = {"steps": 2, "guidance": 1.0, "frames": 5, "height": 32, "width": 32}
+
+
+def test_psnr_and_ssim_of_known_errors():
+    reference = np.full((3, 32, 48, 3), 100, np.uint8)
+    assert psnr(reference, reference) == 100
+    assert ssim(reference, reference) == pytest.approx(1)
+    assert psnr(reference, reference + 10) == pytest.approx(20 * np.log10(255 / 10), abs=0.01)
+    with pytest.raises(ValueError, match="one shape"):
+        psnr(reference, reference[:2])
+
+
+def test_boxes_hold_the_object_and_only_they_count():
+    reference = np.zeros((2, 64, 64, 3), np.uint8)
+    reference[0, 10:30, 40:60] = 255
+    reference[1, 12:32, 2:4] = 255
+    boxes = object_boxes(reference)
+    assert boxes == [(6, 34, 36, 64), (8, 36, 0, 16)]
+    worse = reference.copy()
+    worse[0, 50:] += 60
+    assert psnr(reference, worse, boxes) == 100
+    assert psnr(reference, worse) < 25
+    assert ssim(reference, worse, boxes) == pytest.approx(1)
+    assert object_boxes(np.zeros((1, 32, 48, 3), np.uint8)) == [(0, 32, 0, 48)]
+
+
+def test_wilson_intervals():
+    # From Wilson's formula for 8 of 10 at 95 %.
+    assert wilson(8, 10) == {
+        "share": 0.8,
+        "low": pytest.approx(0.4902, abs=1e-4),
+        "high": pytest.approx(0.9433, abs=1e-4),
+        "count": 8,
+        "of": 10,
+    }
+    assert wilson(0, 0)["high"] == 1
+
+
+def test_scores_are_cached_and_resumed(
+    wan: Any, sparse_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[str] = []
+    stock = type(wan).__call__
+
+    def counted(self: Any, prompt: str, **arguments: Any) -> Any:
+        if len(calls) == 3:
+            calls.clear()
+            raise KeyboardInterrupt
+        calls.append(prompt)
+        return stock(self, prompt, **arguments)
+
+    monkeypatch.setattr(type(wan), "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(wan, sparse_plan(), captions=2, floors=1, cache=tmp_path, **SMALL)
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+    result = evaluate(wan, sparse_plan(), captions=2, floors=1, cache=tmp_path, **SMALL)
+    assert len(calls) == 3, "one under the plan, and two for the floors"
+    again = evaluate(wan, sparse_plan(), captions=2, floors=1, cache=tmp_path, **SMALL)
+    assert len(calls) == 3
+    assert again == result
+
+    assert result["dense"]["all"]["of"] == result["sparse"]["all"]["of"] == 2
+    assert 0 < result["density"] < 1
+    assert result["floors"]["all_blocks"]["psnr"]["median"] > result["fidelity"]["psnr"]["median"]
+    assert result["floors"]["all_blocks"]["psnr"]["median"] > result["floors"]["other_seed"]["psnr"]["median"]
+
+
+def test_nothing_to_score_is_refused(wan: Any, tmp_path: Path):
+    with pytest.raises(ValueError, match="captions must be at least 1"):
+        evaluate(wan, captions=0, cache=tmp_path)
