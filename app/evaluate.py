@@ -25,6 +25,7 @@ def evaluate(
     """Score the embedded model on captions it was never trained on, dense and under a plan."""
     quiet_libraries()
     from ..pipelines.loading import load
+    from ..pipelines.record import surroundings
     from ..pipelines.shapes import evaluate as evaluating
 
     pipe: Any = load(model, dtype=dtype)
@@ -38,7 +39,7 @@ def evaluate(
     for line in summary(result):
         print(line)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({"model": model, **result, **surroundings(str(pipe._execution_device))}))
 
 
 def summary(result: dict[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ python benchmarks/judge.py [--clips 300] [--vae FOLDER] [--out benchmarks/judge.
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +13,10 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import scipy
 import torch
 from scipy import ndimage
 
+from ziggurat.pipelines.record import surroundings
 from ziggurat.pipelines.shapes.judge import check, compare, judge
 from ziggurat.pipelines.shapes.render import Track, place, render
 from ziggurat.pipelines.shapes.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, single_scenes
@@ -273,16 +272,9 @@ def main() -> None:
         "size": full,
         "shares": result,
         "processor_seconds_per_clip": round((time.process_time() - began) / 10, 3),
-        "machine": {"processor": _processor(), "system": platform.platform(), "python": platform.python_version()},
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
+        **surroundings(),
     }
     arguments.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor()
 
 
 if __name__ == "__main__":

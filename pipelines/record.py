@@ -66,13 +66,20 @@ def record_of(made: Generation) -> dict[str, Any]:
         "dtype": made.dtype,
         "device": made.device,
         "figures": figures(made),
+        **surroundings(made.device),
+    }
+
+
+def surroundings(device: str = "cpu") -> dict[str, Any]:
+    """The versions and the machine that a figure comes from."""
+    return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if made.device.startswith("cuda") else None,
+            "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         },
     }
 

@@ -19,26 +19,35 @@ from .scenes import GRAMMAR, held_out_scenes
 from .train_flow import FlowStage, Grid, Student, train_flow
 from .train_vae import Report, VaeStage, train_vae
 
-# Clips are cheap on small grids, where placing, direction and colour are learned; shapes and the default size follow.
-TINY = Grid(frames=9, size=32, batch=32, fresh=6, keep=4096, two_share=0.0)
-MIDDLE = Grid(frames=17, size=64, batch=8, fresh=2, two_share=0.1)
-FULL = Grid(frames=33, size=128, batch=1, fresh=1, keep=512, two_share=0.1)
-STILL = Grid(frames=1, size=128, batch=16, fresh=4, two_share=0.1)
+# Clips are cheap on small grids, which teach colours, sizes and ways; stills and short clips of full size teach shapes.
+TINY = Grid(frames=9, size=32, batch=32, fresh=4, keep=4096, two_share=0.0)
+MIDDLE = Grid(frames=17, size=64, batch=8, fresh=1)
+STILL = Grid(frames=1, size=128, batch=16, fresh=4)
+SHORT = Grid(frames=9, size=128, batch=3, fresh=1, keep=1024)
+FULL = Grid(frames=33, size=128, batch=1, fresh=1, keep=512)
 
 VAE = VaeStage()
 # Over long clips a decoder that has seen short ones leaves trails and lets colours drift.
 DECODER = VaeStage(
-    steps=400, stills=0, batch=2, size=48, frames=(17, 17, 33, 17), learning_rate=1e-3, decoder_only=True
+    steps=350,
+    stills=0,
+    batch=2,
+    size=48,
+    frames=(17, 17, 33, 9),
+    patchwork=0.0,
+    learning_rate=1e-3,
+    decoder_only=True,
 )
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
-    FlowStage(name="middle", steps=2400, grids=((0.85, MIDDLE), (0.15, TINY))),
+    FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
+    FlowStage(name="wide", steps=800, grids=((0.35, MIDDLE), (0.3, STILL), (0.35, SHORT))),
     FlowStage(
         name="full",
-        steps=1200,
-        grids=((0.7, FULL), (0.25, MIDDLE), (0.05, STILL)),
+        steps=1500,
+        grids=((0.5, FULL), (0.2, SHORT), (0.15, STILL), (0.15, MIDDLE)),
         learning_rate=1e-3,
-        cooldown=400,
+        cooldown=500,
     ),
 )
 

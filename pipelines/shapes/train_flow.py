@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from .data import draw_clips
-from .train_vae import Report
+from .train_vae import Report, channels_last
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
+FUSED_ROWS = 2048
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
 
@@ -33,7 +34,7 @@ class Grid:
     batch: int
     fresh: int
     keep: int = 2048
-    two_share: float = 0.15
+    two_share: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ def padding_log_weight(mask: Tensor) -> Tensor:
 
 @contextmanager
 def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
-    """Within it, Wan's attention is two batched products around a softmax, whose backward a CPU runs twice as fast."""
+    """Within it, Wan's attention on short clips is two batched products around a softmax: a CPU's fused kernel has a
+    backward that only pays where the scores no longer fit into its cache."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         batch, rows, heads, dim = query.shape
@@ -83,6 +85,10 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
         if key.shape[1] == text_log_weight.shape[2]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
             scores = torch.baddbmm(bias, q * dim**-0.5, k.transpose(1, 2))
+        elif rows >= FUSED_ROWS:
+            return nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (query, key, value))
+            ).transpose(1, 2)
         else:
             scores = torch.bmm(q * dim**-0.5, k.transpose(1, 2))
         out = torch.bmm(scores.softmax(-1), v)
@@ -142,6 +148,7 @@ def train_flow(
 ) -> None:
     """Train `student` in place through `stages`, resuming from `run`; at the end it holds the averaged weights."""
     vae = vae.to(accelerator.device).eval().requires_grad_(False)
+    channels_last(vae)
     hidden, others = split_parameters(student)
     muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)

@@ -41,9 +41,7 @@ def train_vae(
     vae: AutoencoderKLWan, stage: VaeStage, state: Path, accelerator: Accelerator, report: Report, seed: int = 0
 ) -> AutoencoderKLWan:
     """Train `vae` in place, resuming from `state` if it is there, and give it its latents' mean and deviation."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    channels_last(vae)
     if stage.decoder_only:
         vae.requires_grad_(False)
         for part in (vae.post_quant_conv, vae.decoder):
@@ -93,6 +91,13 @@ def train_vae(
         mean, deviation = latent_statistics(trained, seed)
         trained.register_to_config(latents_mean=mean, latents_std=deviation)
     return trained
+
+
+def channels_last(vae: AutoencoderKLWan) -> None:
+    """Lay the convolutions' weights out as a CPU runs them twice as fast."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
