@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..attention.plan import Plan
-from .handle import Handle, attach
+from .handle import attach
 from .models import MODELS
 from .plans import TRANSFORMERS, Grid, find_plan, model_shape, transformers_of
 from .request import Request, call_arguments, complete, warn_of_unknown_words
@@ -162,7 +162,7 @@ def generate(
         seconds=seconds,
         tokens=watch.tokens,
         density=1.0 if handle is None or handle.density is None else handle.density,
-        list_density=1.0 if handle is None else _list_density(handle),
+        list_density=1.0 if handle is None else handle.list_density,
         attention_share=share,
         schedule="" if handle is None else handle.schedule(),
         plan=chosen,
@@ -246,12 +246,3 @@ def _run(pipe: Any, request: Request, watch: Watch) -> tuple[np.ndarray, float]:
             raise ValueError("the decoded frames hold NaN or infinity: load the VAE in float32")
         video = (video.clip(0, 1) * 255).round().astype(np.uint8)
     return video, seconds
-
-
-def _list_density(handle: Handle) -> float:
-    """Rows of the lists alone, over both transformers weighed by their sparse calls."""
-    runs = handle._latest()
-    calls = [sum(step.sparse_calls for step in run.steps) for run in runs]
-    if not sum(calls):
-        return 1.0
-    return sum(run.plan_run.list_density() * count for run, count in zip(runs, calls, strict=True)) / sum(calls)

@@ -62,6 +62,15 @@ class Handle:
         return touched / rows if rows else None
 
     @property
+    def list_density(self) -> float:
+        """The same over the calls that ran sparse, of two transformers weighed by their calls; 1 before the first."""
+        runs = self._latest()
+        calls = [sum(step.sparse_calls for step in run.steps) for run in runs]
+        if not sum(calls):
+            return 1.0
+        return sum(run.plan_run.list_density() * count for run, count in zip(runs, calls, strict=True)) / sum(calls)
+
+    @property
     def attention_seconds(self) -> float | None:
         """Seconds in visual self-attention calls of the latest run, sparse and dense; None without `timing`."""
         return sum(step.attention_seconds for step in self.steps) if self.timing else None

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from ...attention.dense import Dense
 from ...attention.plan import HeadGroup, HeadPlan, Plan
 from ..fidelity import object_boxes, psnr, ssim
-from ..handle import attach
+from ..generate import generate
 from ..plans import model_shape, resolve_plan, transformers_of
 from .judge import check
 from .scenes import held_out_scenes
@@ -142,31 +141,22 @@ class _Studio:
         if path.exists():
             with np.load(path) as kept:
                 return kept["video"], {"density": float(kept["density"])}
-        with nullcontext() if plan is None else attach(self.pipe, plan) as handle:
-            frames = self.pipe(
-                item.caption,
-                negative_prompt="",
-                num_frames=item.frames,
-                height=item.height,
-                width=item.width,
-                num_inference_steps=item.steps,
-                guidance_scale=item.guidance,
-                generator=torch.Generator().manual_seed(item.seed),
-                output_type="np",
-            ).frames[0]
-            density = 1.0 if handle is None else handle.density or 1.0
-        video = (frames * 255).round().astype(np.uint8)
+        made = generate(self.pipe, item.caption, plan=plan, negative="", **_settings(item))
         part = path.with_suffix(".part")
         with part.open("wb") as file:
-            np.savez_compressed(file, video=video, density=density)
+            np.savez_compressed(file, video=made.frames, density=made.density)
         os.replace(part, path)
-        return video, {"density": density}
+        return made.frames, {"density": made.density}
 
 
 def _told(items: Sequence[Item], stage: str, report: Callable[[str, int, int], None]) -> Any:
     for done, item in enumerate(items):
         yield item
         report(stage, done + 1, len(items))
+
+
+def _settings(item: Item) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if name != "caption"}
 
 
 def _reseeded(item: Item) -> Item:

@@ -1,6 +1,7 @@
 """The evaluation: shares and their intervals, what a plan loses, and going on after an interruption."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def test_scores_are_cached_and_resumed(
     calls: list[str] = []
     stock = type(wan).__call__
 
+    @wraps(stock)
     def counted(self: Any, prompt: str, **arguments: Any) -> Any:
         if len(calls) == 3:
             calls.clear()
