@@ -1,1 +1,1 @@
-
+"""The embedded model and the shipped plans."""

@@ -1,1 +1,1 @@
-
+"""What finds plans and judges selectors."""

@@ -1,1 +1,1 @@
-
+"""The embedded model: its captions, renderer, judge, training and evaluation."""

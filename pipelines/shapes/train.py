@@ -42,13 +42,7 @@ STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
     FlowStage(name="wide", steps=800, grids=((0.35, MIDDLE), (0.3, STILL), (0.35, SHORT))),
-    FlowStage(
-        name="full",
-        steps=1500,
-        grids=((0.5, FULL), (0.2, SHORT), (0.15, STILL), (0.15, MIDDLE)),
-        learning_rate=1e-3,
-        cooldown=500,
-    ),
+    FlowStage(name="full", steps=1050, grids=((0.5, FULL), (0.15, SHORT), (0.25, STILL), (0.1, MIDDLE)), cooldown=400),
 )
 
 
