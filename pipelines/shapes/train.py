@@ -134,7 +134,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
         old.rmdir()
 
 
-DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 12, "guidance": 4.0, "fps": 16, "captions": "shapes"}
+DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 10, "guidance": 4.0, "fps": 16, "captions": "shapes"}
 
 CARD = """---
 license: apache-2.0
