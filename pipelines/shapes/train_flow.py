@@ -86,9 +86,8 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
             scores = torch.baddbmm(bias, q * dim**-0.5, k.transpose(1, 2))
         elif rows >= FUSED_ROWS:
-            return nn.functional.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (query, key, value))
-            ).transpose(1, 2)
+            fused = nn.functional.scaled_dot_product_attention(q, k, v)
+            return fused.view(batch, heads, rows, dim).transpose(1, 2)
         else:
             scores = torch.bmm(q * dim**-0.5, k.transpose(1, 2))
         out = torch.bmm(scores.softmax(-1), v)
