@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from ziggurat.app.cli import main
 from ziggurat.app.console import sentence, told
@@ -47,7 +48,10 @@ def test_evaluate_prints_scores_and_json(monkeypatch, capsys, wan_folder, tmp_pa
     arguments = ["--model", str(wan_folder), "--plan", "auto", "--captions", "40", "--cache", str(tmp_path), "--json"]
     assert call("evaluate", *arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert json.loads(lines[-1]) == result
+    printed = json.loads(lines[-1])
+    assert {"model": str(wan_folder), **result}.items() <= printed.items()
+    assert printed["versions"]["torch"] == torch.__version__
+    assert printed["machine"]["cores"] == os.cpu_count()
     assert lines[0] == "dense    all 97.5%"
     assert lines[2].startswith("lost     1 of 40 that dense gets right")
 
