@@ -65,7 +65,7 @@ def evaluate(
         report: called with stage, done, total.
 
     Returns:
-        Shares with Wilson 95 % intervals: `dense` and `plan` (all attributes, and each), `lost` (of the captions that
+        Shares with Wilson 95 % intervals: `dense` and `sparse` (all attributes, and each), `lost` (of the captions that
         dense gets right, those the plan gets wrong); `fidelity` against dense and its `floors`: median and 10th
         percentile of PSNR (dB) and SSIM over whole frames and over the object's box; `density` of the plan's runs.
 
@@ -99,7 +99,8 @@ def evaluate(
     sparse = [studio.video(item, plan) for item in _told(items, "plan", report)]
     judged_sparse = [check(video, item.caption) for item, (video, _) in zip(items, sparse, strict=True)]
     kept = [after.right for before, after in zip(judged, judged_sparse, strict=True) if before.right]
-    result |= {"plan": source, "sparse": _score(judged_sparse), "lost": wilson(len(kept) - sum(kept), len(kept))}
+    lost = wilson(len(kept) - sum(kept), len(kept))
+    result |= {"plan": plan.name or source, "sparse": _score(judged_sparse), "lost": lost}
     result["density"] = float(np.mean([figures["density"] for _, figures in sparse]))
     result["fidelity"] = _fidelity([video for video, _ in stock], [video for video, _ in sparse])
     few = _told(items[:floors], "floors", report)

@@ -1,6 +1,7 @@
 """Training the embedded model from nothing, or on from a checkpoint, into a folder that diffusers loads."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,9 +130,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
         out.rename(old)
     part.rename(out)
     if old.exists():
-        for path in sorted(old.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        old.rmdir()
+        shutil.rmtree(old)
 
 
 DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 10, "guidance": 4.0, "fps": 16, "captions": "shapes"}
