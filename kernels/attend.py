@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import gather, reference
+from . import backends
 from .blocklist import BlockList
 from .pyramid import KVPyramid
-
-BACKENDS = {"torch": gather.attend, "reference": reference.attend}
-ABSENT = ("triton", "flex")
 
 
 def attend(
@@ -26,21 +23,18 @@ def attend(
 
     query: [B, H, Nq, D], of the pyramid's dtype, any strides; Nq may differ from the keys' N.
     scale: factor on the logits; None = D ** -0.5. A row's log-weight is added after scaling.
-    backend: "auto" (= "torch"), "torch" (gathers blocks, differentiable by recomputing) or "reference" (dense).
+    backend: "torch" (gathers blocks; differentiable by recomputing), "triton" (GPUs; differentiable), "flex" (PyTorch's
+        FlexAttention, forward only), "reference" (dense) or "auto": see `kernels.backends.choose`.
     compute_dtype: the dtype of the matrix products, e.g. bfloat16 for float32 input; None = query's own.
 
     Returns out [B, H, Nq, D] in query's dtype, and lse [B, H, Nq], natural log, float32 (float64 for float64), both
     in token order. A query that reads nothing, or stands in no tile, gets zeros and -inf. `lse` has no gradient.
 
-    Raises ValueError for mismatched shapes, dtypes or devices, an invalid list or an unknown backend.
+    Raises ValueError for mismatched shapes, dtypes or devices, an invalid list, an unknown backend, or
+    one that lacks what is asked of it; ImportError for one whose package is missing.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        if backend in ABSENT:
-            raise ValueError(f"backend {backend!r} is not part of this installation: use one of {known}")
-        raise ValueError(f"backend must be one of {known}, got {backend!r}")
+    run = backends.attend_of(backends.choose(query.device)[0] if backend == "auto" else backend)
     check(query, pyramid, blocks, compute_dtype)
-    run = BACKENDS["torch" if backend == "auto" else backend]
     factor = float(query.shape[-1]) ** -0.5 if scale is None else scale
     return run(query, pyramid, blocks, scale=factor, compute_dtype=compute_dtype or query.dtype)
 

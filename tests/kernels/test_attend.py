@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ziggurat.kernels.attend import attend
+from ziggurat.kernels.backends import choose
 from ziggurat.kernels.blocklist import BlockList, identity_rows
 from ziggurat.kernels.cases import Case, Problem, build
 from ziggurat.kernels.listops import all_blocks, from_dense, to_dense
@@ -240,8 +241,7 @@ def test_refusals_name_the_argument():
     problem = build(Case(lists="random"), torch.float32)
     query, pyramid, blocks = problem.query, problem.pyramid(), problem.blocks
     for arguments, words in (
-        ({"backend": "flash"}, "backend must be one of auto, torch, reference"),
-        ({"backend": "triton"}, "not part of this installation"),
+        ({"backend": "flash"}, "backend must be one of auto, torch, triton, flex, reference"),
         ({"query": query[0]}, "query must be"),
         ({"query": query[:, :1]}, "query must agree"),
         ({"query": query.double()}, "dtype"),
@@ -253,3 +253,15 @@ def test_refusals_name_the_argument():
         given = {"query": query, "pyramid": pyramid, "blocks": blocks, **arguments}
         with pytest.raises(ValueError, match=words):
             attend(given.pop("query"), given.pop("pyramid"), given.pop("blocks"), **given)
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    problem = build(Case(lists="random"), torch.float32)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(ImportError, match=r"needs the package triton, which is missing: pip install 'ziggurat\[gpu\]'"):
+        attend(problem.query, problem.pyramid(), problem.blocks, backend="triton")
+    assert choose(torch.device("cuda")) == (
+        "torch",
+        "this is a GPU, but the package triton is missing: pip install 'ziggurat[gpu]'",
+    )
+    assert choose(torch.device("cpu"))[0] == "torch"
