@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("torch", "triton", "flex", "reference")
-MODULES = {"torch": ".gather", "triton": ".triton_backend", "flex": ".flex", "reference": ".reference"}
+MODULES = {"torch": ".gather", "triton": ".triton_backend.ops", "flex": ".flex", "reference": ".reference"}
 
 
 def choose(device: torch.device) -> tuple[str, str]:

@@ -107,7 +107,7 @@ def make_list(
 ) -> BlockList:
     """A list by name.
 
-    One of all, none, single, random, shared, per_batch, some_all, masked, unread, one_level, overlapping
+    One of all, none, single, random, sparse (3 %), shared, per_batch, some_all, masked, unread, one_level, overlapping
     (whole top levels over a random level 0) or joined (heads concatenated).
     """
     tiles, block, columns = query_rows.shape[1], pyramid.block, pyramid.blocks
@@ -138,6 +138,8 @@ def make_list(
             count=torch.where(dense, -1, listed.count),
             masked_count=listed.masked_count,
         )
+    if name == "sparse":
+        return from_dense(chance(1, heads, tiles, columns) < 0.03, query_rows, block)
     if name in ("masked", "unread"):
         mask = chance(1, heads, tiles, columns) < 0.5
         rows = chance(1, heads, tiles, columns, block) < (0.5 if name == "masked" else 0.0)

@@ -15,10 +15,33 @@ from .pyramid import KVPyramid
 
 # Scores of one chunk, in bytes: half of a 2 MiB second-level cache per core measured best, with its operands beside it.
 SCORE_BYTES = 1 << 20
+# Keys and values of one chunk, in bytes, and its query rows, where the fused kernel holds the scores: more blocks than
+# this come from memory afresh, fewer rows leave a core idle.
+GATHERED_BYTES = 3 << 19
+GATHERED_QUERIES = 1024
 # A tile joins a chunk only if it fills this share of the chunk's width, which bounds the padding at a few percent.
 LEAST_FILL = 0.92
 # Index bytes that a list may keep for its next call; longer ones are planned anew each time.
 KEPT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a chunk may hold: bytes, of which every block read takes some for each tile, and tiles."""
+
+    bytes: int
+    bytes_per_block: int
+    tiles: int
+
+    @classmethod
+    def for_scores(cls, tile: int, block: int, element: int) -> Budget:
+        """For scores that are written out."""
+        return cls(SCORE_BYTES, tile * block * element, SCORE_BYTES)
+
+    @classmethod
+    def for_rows(cls, tile: int, block: int, head_dim: int, element: int) -> Budget:
+        """For keys and values that a fused kernel reads."""
+        return cls(GATHERED_BYTES, 2 * block * head_dim * element, max(2, GATHERED_QUERIES // tile))
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class ChunkPlan:
     padding: bool [tiles · tile, 1], or None if there is none.
     place: int32 [heads · N], the packed row of each token, 0 where it has none.
     missing: bool [heads · N, 1], tokens without a packed row, or None if there are none.
+    in_order: packed rows are the tokens of the heads, one after another.
     """
 
     dense: list[Dense]
@@ -64,11 +88,14 @@ class ChunkPlan:
     padding: Tensor | None
     place: Tensor
     missing: Tensor | None
+    in_order: bool
 
     def pack(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Token vectors [B, H, N, D] of the group in packed order, [rows, D], zeros where padding."""
+        """Token vectors [B, H, N, D] of the group in packed order, [rows, D], zeros where padding; a view if it can."""
         if not self.tokens.numel():
             return tensor.new_zeros(0, tensor.shape[-1], dtype=dtype)
+        if self.in_order:
+            return tensor.reshape(-1, tensor.shape[-1]).to(dtype)
         packed = tensor.reshape(-1, tensor.shape[-1]).index_select(0, self.tokens).to(dtype)
         return packed if self.padding is None else packed.masked_fill_(self.padding, 0)
 
@@ -76,6 +103,9 @@ class ChunkPlan:
         """Write packed rows [rows, D] to target [B, H, N, D], `fill` for tokens that have none."""
         if not packed.shape[0]:
             target.fill_(fill)
+            return
+        if self.in_order:
+            target.copy_(packed.view(target.shape))
             return
         rows = packed.index_select(0, self.place)
         target.copy_((rows if self.missing is None else rows.masked_fill_(self.missing, fill)).view(target.shape))
@@ -93,23 +123,23 @@ def plan_chunks(
     shape: tuple[int, int],
     queries: int,
     pyramid: KVPyramid,
-    element: int,
+    budget: Budget,
 ) -> ChunkPlan:
     """The plan for batch entries and heads `group` of a call of `shape` (batch, heads), remembered on the list.
 
-    queries: tokens per head of the query. element: bytes of a score.
+    queries: tokens per head of the query.
     """
-    key = ("chunks", group, shape, queries, pyramid.blocks, element)
+    key = ("chunks", group, shape, queries, pyramid.blocks, budget)
     plan = blocks.memo.get(key)
     if plan is None:
-        plan = _plan(blocks, group, shape, queries, pyramid.blocks, element)
+        plan = _plan(blocks, group, shape, queries, pyramid.blocks, budget)
         if plan.nbytes <= KEPT_BYTES:
             blocks.memo[key] = plan
     return plan
 
 
 def _plan(
-    blocks: BlockList, group: tuple[range, range], shape: tuple[int, int], queries: int, total: int, element: int
+    blocks: BlockList, group: tuple[range, range], shape: tuple[int, int], queries: int, total: int, budget: Budget
 ) -> ChunkPlan:
     def of_group(tensor: Tensor) -> Tensor:
         full = tensor.expand(*shape, -1)[group[0].start : group[0].stop, group[1].start : group[1].stop]
@@ -134,22 +164,23 @@ def _plan(
     missing = place < 0
     return ChunkPlan(
         dense=dense,
-        gathered=_gathered(blocks, of_group, listed, dense_order.numel(), total, element) if listed.numel() else [],
+        gathered=_gathered(blocks, of_group, listed, dense_order.numel(), total, budget) if listed.numel() else [],
         tile=blocks.tile,
         tokens=tokens.to(torch.int32),
         padding=padding[:, None] if bool(padding.any()) else None,
         place=place.clamp_(min=0),
         missing=missing[:, None] if bool(missing.any()) else None,
+        in_order=torch.equal(tokens, torch.arange(place.numel())),
     )
 
 
 def _gathered(
-    blocks: BlockList, of_group: Callable[[Tensor], Tensor], listed: Tensor, before: int, total: int, element: int
+    blocks: BlockList, of_group: Callable[[Tensor], Tensor], listed: Tensor, before: int, total: int, budget: Budget
 ) -> list[Gathered]:
     """Chunks of the tiles `listed` (head · T + tile, by descending count), `before` being the tiles ahead of them."""
     width = of_group(blocks.count).flatten()[listed].long()
     masked = of_group(blocks.masked_count).flatten()[listed].long()
-    bounds = _bounds(width.tolist(), blocks.tile * blocks.block * element)
+    bounds = _bounds(width.tolist(), budget)
     widest = torch.cat([width[begin : begin + 1].expand(end - begin) for begin, end in bounds])
     ends, pad = widest.cumsum(0), widest - width
     # A tile's slots: padding, then masked entries, then the rest, so that a chunk's hidden rows are at its front.
@@ -196,11 +227,11 @@ def _dense_runs(count: Tensor) -> tuple[list[Dense], Tensor]:
     return runs, every.flatten().nonzero()[:, 0]
 
 
-def _bounds(widths: list[int], bytes_per_block: int) -> list[tuple[int, int]]:
-    """Cut tiles of descending width into chunks within the score budget, of like widths each."""
+def _bounds(widths: list[int], budget: Budget) -> list[tuple[int, int]]:
+    """Cut tiles of descending width into chunks within the budget, of like widths each."""
     bounds, begin = [], 0
     while begin < len(widths):
-        most = max(1, SCORE_BYTES // (widths[begin] * bytes_per_block))
+        most = min(budget.tiles, max(1, budget.bytes // (widths[begin] * budget.bytes_per_block)))
         end, least = begin + 1, LEAST_FILL * widths[begin]
         while end < len(widths) and end - begin < most and widths[end] >= least:
             end += 1

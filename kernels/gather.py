@@ -1,4 +1,7 @@
-"""The torch backend: gathers the blocks of a few query tiles, and runs product, softmax and product on them in cache.
+"""The torch backend: gathers the blocks of a few query tiles and attends to them in cache.
+
+Tiles that read all of level 0, and in bfloat16 on chips with AMX every tile, go to PyTorch's fused kernel. Elsewhere
+batched products around an exponential are faster.
 
 Passes over the scores are what costs at small head_dim, so that in bfloat16 there is one: exp2, in place. The scale
 sits in the first product; log-weights are folded into the values, and into columns that give the softmax's sum with
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .blocklist import BlockList
-from .chunks import ChunkPlan, plan_chunks
+from .chunks import Budget, ChunkPlan, plan_chunks
+from .fused import flash, gathered_tiles, has_amx, has_bfloat16
 from .gather_grad import backward_group
 from .pyramid import KVPyramid
 from .tables import Group, Rows, groups, lay_rows, of_group, power_bound, with_sum_columns
@@ -30,12 +34,21 @@ SAFE_POWER = 100.0
 def attend(
     query: Tensor, pyramid: KVPyramid, blocks: BlockList, *, scale: float, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.attend.attend`. float16 computes in float32: its range is too small for unshifted exponentials."""
-    compute_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+    """See `kernels.attend.attend`; computes in the dtype that `products_in` tells."""
+    compute_dtype = products_in(compute_dtype)
     tensors = (query, pyramid.key, pyramid.value, pyramid.pooled_key, pyramid.pooled_value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Attend.apply(*tensors, pyramid, blocks, scale, compute_dtype)  # pyright: ignore[reportReturnType]
     return _forward(tensors, pyramid, blocks, scale, compute_dtype)
+
+
+def products_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products for `dtype` are computed on this machine.
+
+    float16's range is too small for unshifted exponentials; bfloat16 on a CPU without bfloat16 products is slower than
+    float32, and no less exact for being computed in it.
+    """
+    return torch.float32 if dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16()) else dtype
 
 
 class _Attend(torch.autograd.Function):
@@ -57,7 +70,7 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         pyramid, blocks, scale, compute_dtype = ctx.rest
         results = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-        for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype):
+        for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype, False):
             packed = [plan.pack(of_group(tensor, group), compute_dtype) for tensor in (tensors[0], out, grads[0])]
             powers = plan.pack(of_group(lse, group)[..., None], lse.dtype) / math.log(2)
             # Weights fold only where rows of weight 0, whose logits are 0, stay finite beside sums this far from 1.
@@ -70,13 +83,17 @@ class _Attend(torch.autograd.Function):
 
 
 def _by_group(
-    tensors: tuple[Tensor, ...], pyramid: KVPyramid, blocks: BlockList, dtype: torch.dtype
+    tensors: tuple[Tensor, ...], pyramid: KVPyramid, blocks: BlockList, dtype: torch.dtype, fused: bool
 ) -> Iterator[tuple[Group, Rows, ChunkPlan]]:
     """Batch entries and heads that are computed together, their rows and the order of their tiles."""
     query, *sources = tensors
     batch, heads, tokens, head_dim = query.shape
+    if fused:
+        budget = Budget.for_rows(blocks.tile, blocks.block, head_dim, dtype.itemsize)
+    else:
+        budget = Budget.for_scores(blocks.tile, blocks.block, dtype.itemsize)
     for group in groups(batch, heads, max(1, 2 * pyramid.rows * head_dim * dtype.itemsize)):
-        plan = plan_chunks(blocks, group, (batch, heads), tokens, pyramid, dtype.itemsize)
+        plan = plan_chunks(blocks, group, (batch, heads), tokens, pyramid, budget)
         yield group, lay_rows(pyramid, tuple(sources), group, dtype), plan
 
 
@@ -85,48 +102,43 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse in token order; `tensors` are query and the pyramid's four, detached from autograd."""
     query = tensors[0]
+    fused = compute_dtype == torch.bfloat16 and has_amx()
     with torch.no_grad():
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = out.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-        for group, rows, plan in _by_group(tensors, pyramid, blocks, compute_dtype):
+        for group, rows, plan in _by_group(tensors, pyramid, blocks, compute_dtype, fused):
             packed = plan.pack(of_group(query, group), compute_dtype)
-            result, powers = _forward_group(packed, rows, plan, pyramid, scale)
+            result, sums = _forward_group(packed, rows, plan, pyramid, scale, fused)
             plan.unpack(result, of_group(out, group), 0.0)
-            plan.unpack(powers[:, None].mul_(math.log(2)), of_group(lse, group)[..., None], -math.inf)
+            plan.unpack(sums[:, None], of_group(lse, group)[..., None], -math.inf)
     return out, lse
 
 
 def _forward_group(
-    query: Tensor, rows: Rows, plan: ChunkPlan, pyramid: KVPyramid, scale: float
+    query: Tensor, rows: Rows, plan: ChunkPlan, pyramid: KVPyramid, scale: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """The packed queries' outputs [rows, D] and log2 of their sums [rows], in float32 or float64."""
+    """The packed queries' outputs [rows, D] and lse [rows], the latter in float32 or float64."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    result = query.new_empty(query.shape, dtype=wide)
-    powers = query.new_empty(query.shape[0], dtype=wide)
+    result = torch.empty_like(query)
+    lse = query.new_empty(query.shape[0], dtype=wide)
     for run in plan.dense:
         part = slice(run.begin * plan.tile, run.end * plan.tile)
-        _dense_run(query[part], rows, slice(run.first, run.last), pyramid.offsets[1], scale, result[part], powers[part])
-    if plan.gathered:
+        _dense_run(query[part], rows, slice(run.first, run.last), pyramid.offsets[1], scale, result[part], lse[part])
+    if plan.gathered and fused:
+        gathered_tiles(query, rows, plan, pyramid, scale, result, lse)
+    elif plan.gathered:
         part = slice(plan.gathered[0].begin * plan.tile, None)
-        _gathered_tiles(query, rows, plan, pyramid, scale, result[part], powers[part])
-    return result, powers
+        _gathered_tiles(query, rows, plan, pyramid, scale, result[part], lse[part])
+    return result, lse
 
 
-def _dense_run(
-    query: Tensor, rows: Rows, heads: slice, level: int, scale: float, result: Tensor, powers: Tensor
-) -> None:
-    """Tiles that read all of level 0, by the fused kernel behind `scaled_dot_product_attention`, which returns lse."""
+def _dense_run(query: Tensor, rows: Rows, heads: slice, level: int, scale: float, result: Tensor, lse: Tensor) -> None:
+    """Tiles that read all of level 0."""
     key, value = (table[heads, None, :level] for table in (rows.key, rows.value))
-    mask = None if rows.plain else rows.log_weight[heads, None, None, :level].to(result.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.view(len(key), 1, -1, query.shape[1]), key, value, attn_mask=mask, scale=scale
-    )
-    if mask is not None:
-        # The fused kernel divides 0 by 0 where every key is masked.
-        empty = (mask == -math.inf).all(-1, keepdim=True)
-        out, lse = out.masked_fill(empty, 0), lse.masked_fill(empty[..., 0], -math.inf)
+    bias = None if rows.plain else rows.log_weight[heads, None, None, :level].to(lse.dtype)
+    out, sums = flash(query.view(len(key), 1, -1, query.shape[1]), key, value, bias, scale)
     result.copy_(out.reshape(result.shape))
-    powers.copy_(lse.reshape(powers.shape)).div_(math.log(2))
+    lse.copy_(sums.reshape(lse.shape))
 
 
 def _gathered_tiles(
@@ -136,9 +148,10 @@ def _gathered_tiles(
     pyramid: KVPyramid,
     scale: float,
     result: Tensor,
-    powers: Tensor,
+    lse: Tensor,
 ) -> None:
     """Tiles that read listed blocks: product, exp2 in place, product, and the division at the end."""
+    powers = lse
     narrow, head_dim = query.dtype.itemsize < 4, query.shape[1]
     shifted = not power_bound(query, rows, scale) <= SAFE_POWER
     folded = narrow and not shifted
@@ -159,10 +172,11 @@ def _gathered_tiles(
         if not narrow:
             torch.sum(power, -1, out=powers[part].view(count, tall))
     if narrow:
-        wide = product.to(result.dtype)
+        wide = product.to(powers.dtype)
         torch.sum(wide[:, head_dim:], -1, out=powers)
         product = wide[:, :head_dim]
     torch.div(product, torch.where(powers == 0, 1, powers)[:, None], out=result)
     powers.log2_()
     if shift is not None:
         powers += shift
+    lse.mul_(math.log(2))

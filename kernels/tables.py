@@ -68,10 +68,15 @@ def lay_rows(pyramid: KVPyramid, tensors: tuple[Tensor, ...], group: Group, dtyp
     everything = bool(live.all())
     tables = []
     for tokens, pooled in ((key, pooled_key), (value, pooled_value)):
+        own = of_group(tokens, group)
+        if everything and pyramid.rows == tokens.shape[2] and own.is_contiguous() and own.dtype == dtype:
+            if is_identity(pyramid.key_rows, tokens.shape[2]):
+                tables.append(own.view(size, pyramid.rows, -1))
+                continue
         table = tokens.new_empty(size, pyramid.rows, tokens.shape[3], dtype=dtype)
         level = pyramid.offsets[1]
         view = table.view(len(group[0]), len(group[1]), pyramid.rows, -1)
-        _lay(view[:, :, :level], of_group(tokens, group), pyramid.key_rows, group[1])
+        _lay(view[:, :, :level], own, pyramid.key_rows, group[1])
         view[:, :, level:] = of_group(pooled, group)
         tables.append(table if everything else table.masked_fill_(~live, 0))
     plain = everything and not bool(log_weight.any())

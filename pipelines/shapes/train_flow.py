@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from .data import draw_clips
+from .muon import StackedMuon
 from .train_vae import Report, channels_last
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
@@ -27,14 +28,19 @@ SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A size of clip to train on: `batch` clips a step, `fresh` of them newly rendered, the others seen lately."""
+    """A size of clip to train on: `batch` clips a step, on average `fresh` of them new, the others seen lately.
+
+    The more tokens a clip has, the higher the noise at which its shapes can still be told: `shift` grows with them.
+    """
 
     frames: int
     size: int
     batch: int
-    fresh: int
+    fresh: float
     keep: int = 2048
     two_share: float = 0.1
+    shift: float = 3.0
+    top_share: float = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +108,12 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
         host.dispatch_attention_fn = stock
 
 
-def draw_noise_levels(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in 0…1, a fifth of them in the top 6 %: there it is decided which way an object moves."""
+def draw_noise_levels(count: int, grid: Grid, generator: torch.Generator) -> Tensor:
+    """Noise levels [count] in 0…1, a share of them in the top 6 %: there it is decided which way an object moves."""
     uniform = torch.rand(count, generator=generator)
-    shift = torch.where(torch.rand(count, generator=generator) < 0.5, 3.0, 12.0)
-    usual = shift * uniform / (1 + (shift - 1) * uniform)
+    usual = grid.shift * uniform / (1 + (grid.shift - 1) * uniform)
     top = 0.94 + 0.06 * uniform
-    return torch.where(torch.rand(count, generator=generator) < 0.2, top, usual)
+    return torch.where(torch.rand(count, generator=generator) < grid.top_share, top, usual)
 
 
 class LatentPool:
@@ -124,14 +129,18 @@ class LatentPool:
     def draw(self, random: Random) -> tuple[Tensor, list[str]]:
         """Normalised latents [batch, C, F, H, W] and their captions."""
         grid = self.grid
-        fresh = grid.fresh if len(self.clips) >= grid.batch else grid.batch
-        pixels, captions = draw_clips(random, fresh, grid.frames, grid.size, grid.size, two_share=grid.two_share)
-        with torch.no_grad():
-            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
-        new = list(zip((latents - self.mean) / self.deviation, captions, strict=True))
+        fresh = int(grid.fresh + random.random()) if len(self.clips) >= grid.batch else grid.batch
+        new = self._render(random, fresh) if fresh else []
         batch = new + random.sample(self.clips, grid.batch - fresh)
         self.clips = (self.clips + new)[-grid.keep :]
         return torch.stack([latent for latent, _ in batch]), [caption for _, caption in batch]
+
+    def _render(self, random: Random, count: int) -> list[tuple[Tensor, str]]:
+        grid = self.grid
+        pixels, captions = draw_clips(random, count, grid.frames, grid.size, grid.size, two_share=grid.two_share)
+        with torch.no_grad():
+            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
+        return list(zip((latents - self.mean) / self.deviation, captions, strict=True))
 
 
 def train_flow(
@@ -149,7 +158,7 @@ def train_flow(
     vae = vae.to(accelerator.device).eval().requires_grad_(False)
     channels_last(vae)
     hidden, others = split_parameters(student)
-    muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = StackedMuon(hidden, lr=1.0, weight_decay=0.01)
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
     average = EMAModel(student.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
     student, muon, adam = accelerator.prepare(student, muon, adam)
@@ -224,7 +233,7 @@ def flow_loss(
         clean, captions = pool.draw(random)
     captions = ["" if random.random() < 0.1 else caption for caption in captions]
     generator = torch.Generator().manual_seed(random.getrandbits(62))
-    level = draw_noise_levels(len(captions), generator)
+    level = draw_noise_levels(len(captions), pool.grid, generator)
     noise = torch.randn(clean.shape, generator=generator)
     mix = level.view(-1, 1, 1, 1, 1)
     tokens = tokenizer(captions, padding="max_length", max_length=SHORT_TEXT_ROWS, return_tensors="pt")

@@ -18,6 +18,7 @@ from ziggurat.pipelines.shapes.build import (
     build_vae,
 )
 from ziggurat.pipelines.shapes.data import draw_clips, draw_patchwork, draw_windows
+from ziggurat.pipelines.shapes.muon import StackedMuon
 from ziggurat.pipelines.shapes.render import DIRECTION, place, render
 from ziggurat.pipelines.shapes.scenes import (
     BACKGROUNDS,
@@ -29,6 +30,7 @@ from ziggurat.pipelines.shapes.scenes import (
     training_scenes,
     unknown_words,
 )
+from ziggurat.pipelines.shapes.train import TINY
 from ziggurat.pipelines.shapes.train_flow import (
     FlowStage,
     Grid,
@@ -118,7 +120,7 @@ def test_batches_follow_from_their_seed():
 
 
 def test_noise_levels_cover_the_top():
-    levels = draw_noise_levels(20_000, torch.Generator().manual_seed(0))
+    levels = draw_noise_levels(20_000, TINY, torch.Generator().manual_seed(0))
     assert levels.min() > 0
     assert levels.max() < 1
     assert (levels > 0.98).float().mean() > 0.15
@@ -206,3 +208,22 @@ def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student:
     assert sum(moved) > 0.9 * len(moved)
     loss, _ = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
     assert torch.isfinite(loss)
+
+
+def test_stacked_muon_is_muon():
+    torch.manual_seed(0)
+    shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16)]
+    one = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    two = [torch.nn.Parameter(parameter.detach().clone()) for parameter in one]
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    plain = torch.optim.Muon(one, adjust_lr_fn="match_rms_adamw", **options)
+    stacked = StackedMuon(two, **options)
+    for _ in range(3):
+        for a, b in zip(one, two, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        plain.step()
+        stacked.step()
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+    torch.optim.Muon(one, lr=0.1).load_state_dict(stacked.state_dict())
