@@ -10,11 +10,28 @@ from .scenes import draw_scene
 
 
 def draw_clips(
-    random: Random, count: int, frames: int, height: int, width: int, *, two_share: float = 0.0
+    random: Random,
+    count: int,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    two_share: float = 0.0,
+    span: int | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Random clips and their captions: float32 [count, 3, frames, height, width] in −1…1."""
+    """Random clips and their captions: float32 [count, 3, frames, height, width] in −1…1.
+
+    span: frames of the clip of which these are a window, so that objects move at its pace; None = the window is all.
+    """
     scenes = [draw_scene(random, two_share) for _ in range(count)]
     tracks = [place(scene, random, width / height) for scene in scenes]
+    if span is not None and span > frames:
+        share = (frames - 1) / (span - 1)
+        begins = [random.uniform(0, 1 - share) for _ in scenes]
+        tracks = [
+            tuple(shorten(track, begin, begin + share) for track in each)
+            for each, begin in zip(tracks, begins, strict=True)
+        ]
     return render(scenes, tracks, frames, height, width), [str(scene) for scene in scenes]
 
 

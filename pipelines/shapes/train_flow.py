@@ -30,7 +30,8 @@ SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for 
 class Grid:
     """A size of clip to train on: `batch` clips a step, on average `fresh` of them new, the others seen lately.
 
-    The more tokens a clip has, the higher the noise at which its shapes can still be told: `shift` grows with them.
+    With a `span`, clips are windows of ones of so many frames. The more tokens a clip has, the higher the noise at
+    which its shapes can still be told: `shift` grows with them.
     """
 
     frames: int
@@ -39,6 +40,7 @@ class Grid:
     fresh: float
     keep: int = 2048
     two_share: float = 0.1
+    span: int | None = None
     shift: float = 3.0
     top_share: float = 0.15
 
@@ -137,7 +139,9 @@ class LatentPool:
 
     def _render(self, random: Random, count: int) -> list[tuple[Tensor, str]]:
         grid = self.grid
-        pixels, captions = draw_clips(random, count, grid.frames, grid.size, grid.size, two_share=grid.two_share)
+        pixels, captions = draw_clips(
+            random, count, grid.frames, grid.size, grid.size, two_share=grid.two_share, span=grid.span
+        )
         with torch.no_grad():
             latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
         return list(zip((latents - self.mean) / self.deviation, captions, strict=True))
