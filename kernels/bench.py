@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attend import attend
+from .backends import choose
 from .blocklist import BlockList, identity_rows
 from .listops import all_blocks, from_pairs
 from .pyramid import KVPyramid, build_pyramid
 
 CHECKED_TILES = 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest error allowed, in units of the dtype's rounding times the oracle's largest output.
 ROUNDINGS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 32}
 
@@ -53,7 +55,9 @@ def build(setting: Setting, seed: int = 0) -> Inputs:
     """Gaussian query, key and value and a random list, the same for the same seed."""
     random = torch.Generator().manual_seed(seed)
     shape = (1, setting.heads, setting.tokens, setting.head_dim)
-    dtype = getattr(torch, setting.dtype)
+    dtype = DTYPES.get(setting.dtype)
+    if dtype is None:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {setting.dtype!r}")
     query, key, value, grad = (torch.randn(shape, generator=random).to(dtype) for _ in range(4))
     rows = identity_rows(setting.tokens, setting.tile)
     if setting.density >= 1:
@@ -91,6 +95,7 @@ def measure(setting: Setting, *, runs: int = 5, flex: bool = False, seed: int = 
     density = inputs.blocks.density(inputs.pyramid)
     return {
         **asdict(setting),
+        "backend": choose(inputs.query.device)[0] if setting.backend == "auto" else setting.backend,
         "density": round(density, 5),
         "seconds": medians["ours"],
         "sdpa_seconds": medians["sdpa"],

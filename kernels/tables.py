@@ -69,10 +69,9 @@ def lay_rows(pyramid: KVPyramid, tensors: tuple[Tensor, ...], group: Group, dtyp
     tables = []
     for tokens, pooled in ((key, pooled_key), (value, pooled_value)):
         own = of_group(tokens, group)
-        if everything and pyramid.rows == tokens.shape[2] and own.is_contiguous() and own.dtype == dtype:
-            if is_identity(pyramid.key_rows, tokens.shape[2]):
-                tables.append(own.view(size, pyramid.rows, -1))
-                continue
+        if everything and own.is_contiguous() and own.dtype == dtype and is_whole(pyramid):
+            tables.append(own.view(size, pyramid.rows, -1))
+            continue
         table = tokens.new_empty(size, pyramid.rows, tokens.shape[3], dtype=dtype)
         level = pyramid.offsets[1]
         view = table.view(len(group[0]), len(group[1]), pyramid.rows, -1)
@@ -94,6 +93,11 @@ def _lay(target: Tensor, tokens: Tensor, rows: Tensor, heads: range) -> None:
     elif count:
         index = rows[heads.start : heads.stop].clamp(min=0).long()
         target.copy_(tokens.gather(2, index[None, :, :, None].expand(*target.shape)))
+
+
+def is_whole(pyramid: KVPyramid) -> bool:
+    """Are the pyramid's rows its tokens in order, and nothing else?"""
+    return pyramid.rows == pyramid.key.shape[2] and is_identity(pyramid.key_rows, pyramid.rows)
 
 
 def is_identity(rows: Tensor, count: int) -> bool:

@@ -1,0 +1,57 @@
+"""The kernel benchmark measures what it says, and notices a wrong kernel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ziggurat.kernels import bench, gather
+
+SMALL = bench.Setting(dtype="float32", tokens=300, head_dim=32, heads=2, tile=64, block=16, density=0.25)
+
+
+@pytest.mark.parametrize("change", [{}, {"density": 1.0}, {"uneven": True}, {"backward": True}, {"dtype": "bfloat16"}])
+def test_a_row_has_its_figures(change):
+    row = bench.measure(replace(SMALL, **change), runs=1)
+    assert row["backend"] == "torch"
+    assert row["density"] == pytest.approx(change.get("density", 0.25), abs=0.06)
+    assert row["speedup_x_density"] == pytest.approx(row["speedup"] * row["density"], rel=1e-3)
+    assert 0 < row["max_error"] < 0.02
+    # At least the output, at most a good deal less than the scores of dense attention in float32.
+    assert 2 * 300 * 32 * 2 <= row["peak_bytes"] < 2 * 300 * 300 * 4 * 10
+
+
+def test_flex_is_timed_beside_it(monkeypatch):
+    # Compiling takes a quarter of a minute and changes no result.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert bench.measure(SMALL, runs=1, flex=True)["flex_seconds"] > 0
+    with pytest.raises(ValueError, match="flex has no backward"):
+        bench.measure(replace(SMALL, backward=True), runs=1, flex=True)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = gather._forward
+
+    def wrong(*arguments):
+        out, lse = right(*arguments)
+        return out + 0.01, lse
+
+    monkeypatch.setattr(gather, "_forward", wrong)
+    with pytest.raises(RuntimeError, match="is wrong by"):
+        bench.measure(SMALL, runs=1)
+
+
+def test_memory_is_what_tensors_hold():
+    def call():
+        one = torch.empty(1 << 20, dtype=torch.uint8)
+        del one
+        two = torch.empty(3 << 20, dtype=torch.uint8)
+        three = torch.empty(1 << 20, dtype=torch.uint8)
+        return two, three
+
+    assert bench._peak_bytes(call) == 4 << 20
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        bench.measure(replace(SMALL, dtype="int8"))
