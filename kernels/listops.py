@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -185,28 +186,38 @@ def concat(lists: Sequence[BlockList]) -> BlockList:
 
 def select_heads(blocks: BlockList, heads: Sequence[int]) -> BlockList:
     """The list of some heads, in the order given; what is shared by all heads stays shared. The pool is compacted."""
+    chosen = _select(blocks, 1, heads, blocks.heads)
     index = torch.tensor(heads, dtype=torch.int64, device=blocks.start.device)
-    if index.numel() and blocks.heads > 1 and not (int(index.min()) >= 0 and int(index.max()) < blocks.heads):
-        raise ValueError(f"heads must lie in 0 … {blocks.heads - 1}, got {list(heads)}")
-    own = blocks.start.shape[1] > 1
+    rows = blocks.query_rows
+    return replace(chosen, query_rows=rows.index_select(0, index)) if rows.shape[0] > 1 else chosen
+
+
+def select_batch(blocks: BlockList, entries: Sequence[int]) -> BlockList:
+    """The list of some batch entries, in the order given; one shared by all stays so. The pool is compacted."""
+    return _select(blocks, 0, entries, blocks.batch)
+
+
+def _select(blocks: BlockList, dimension: int, chosen: Sequence[int], size: int) -> BlockList:
+    index = torch.tensor(chosen, dtype=torch.int64, device=blocks.start.device)
+    if index.numel() and size > 1 and not (int(index.min()) >= 0 and int(index.max()) < size):
+        what = ("batch entries", "heads")[dimension]
+        raise ValueError(f"{what} must lie in 0 … {size - 1}, got {list(chosen)}")
 
     def pick(tensor: Tensor) -> Tensor:
-        return tensor.index_select(1, index) if own else tensor
+        return tensor.index_select(dimension, index) if tensor.shape[dimension] > 1 else tensor
 
     count, masked_count = pick(blocks.count), pick(blocks.masked_count)
     _, entry = ragged(pick(blocks.start), count)
     _, slot = ragged(pick(blocks.mask_start), masked_count)
     listed, carried = count.clamp(min=0).flatten().long(), masked_count.flatten().long()
-    rows = blocks.query_rows
-    return BlockList(
+    return replace(
+        blocks,
         start=(listed.cumsum(0) - listed).view(count.shape),
         count=count,
         pool=blocks.pool[entry],
         masked_count=masked_count,
         mask_start=(carried.cumsum(0) - carried).view(count.shape),
         row_masks=blocks.row_masks[slot],
-        query_rows=rows.index_select(0, index) if rows.shape[0] > 1 else rows,
-        block=blocks.block,
     )
 
 

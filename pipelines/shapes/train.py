@@ -43,7 +43,7 @@ DECODER = VaeStage(
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
-    FlowStage(name="wide", steps=9000, grids=((0.55, STILL), (0.35, SHORT), (0.1, FULL))),
+    FlowStage(name="wide", steps=9000, grids=((0.6, STILL), (0.36, SHORT), (0.04, FULL))),
     FlowStage(name="full", steps=2400, grids=((0.45, FULL), (0.3, SHORT), (0.25, STILL)), cooldown=800),
 )
 

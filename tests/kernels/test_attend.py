@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from ziggurat.kernels import gather
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.backends import choose
 from ziggurat.kernels.blocklist import BlockList, identity_rows
@@ -29,6 +32,8 @@ CASES = [
     Case(lists="overlapping", factors=(1, 16, 256), tokens=1009),
     *(Case(lists=name, spread=40.0, factors=(1, 4)) for name in ("all", "random", "masked", "one_level")),
     Case(lists="random", block=128, tile=64, tokens=1000, keys=15),
+    *(Case(lists="masked", tokens=301, head_dim=head_dim, heads=2, batch=1) for head_dim in (96, 128, 256)),
+    *(Case(lists="random", tokens=n, block=64, tile=128, batch=1, heads=1, head_dim=32) for n in (4352, 4429)),
 ]
 
 
@@ -74,9 +79,23 @@ def furthest(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(difference.abs().amax()) if difference.numel() else 0.0
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_in_bfloat16_are_as_exact_as_it(case, monkeypatch):
+    """What chips without AMX run; elsewhere the next test takes the fused kernel."""
+    monkeypatch.setattr(gather, "has_amx", lambda: False)
+    monkeypatch.setattr(gather, "has_bfloat16", lambda: True)
+    held_to_oracle(case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_torch_is_as_exact_as_its_precision(case, dtype):
+def test_torch_is_as_exact_as_its_precision(case, dtype, monkeypatch):
+    monkeypatch.setattr(gather, "has_amx", lambda: True)
+    monkeypatch.setattr(gather, "has_bfloat16", lambda: True)
+    held_to_oracle(case, dtype)
+
+
+def held_to_oracle(case, dtype):
     problem = build(case, dtype)
     out, lse = attend(problem.query, problem.pyramid(), problem.blocks, backend="torch")
     wanted, wanted_lse = exact(problem)
@@ -265,3 +284,30 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
         "this is a GPU, but the package triton is missing: pip install 'ziggurat[gpu]'",
     )
     assert choose(torch.device("cpu"))[0] == "torch"
+
+
+def test_bfloat16_is_computed_in_what_the_chip_does_fastest(monkeypatch):
+    assert gather.products_in(torch.float16) == torch.float32
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(gather, "has_bfloat16", lambda has=has: has)
+        assert gather.products_in(torch.bfloat16) == dtype
+        held_to_oracle(Case(lists="masked"), torch.bfloat16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 90),
+    keys=st.integers(1, 90),
+    block=st.sampled_from((3, 8, 16)),
+    tile=st.sampled_from((1, 5, 16, 32)),
+    lists=st.sampled_from(("random", "masked", "some_all", "per_batch", "joined")),
+    layout=st.sampled_from(("plain", "shuffled", "gaps", "strided")),
+    masked_keys=st.sampled_from((0.0, 0.5)),
+    seed=st.integers(0, 2**20),
+)
+def test_any_list_agrees_with_the_reference(seed, **fields):
+    problem = build(Case(head_dim=8, factors=(1, 3), **fields), torch.float64, seed)
+    pyramid = problem.pyramid()
+    wanted = attend(problem.query, pyramid, problem.blocks, backend="reference")
+    for got, one in zip(attend(problem.query, pyramid, problem.blocks), wanted, strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-10, atol=1e-10)
