@@ -17,6 +17,8 @@ def evaluate(
     captions: Annotated[int, typer.Option(min=1, help="How many held-out captions.")] = 400,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    floors: Annotated[int, typer.Option(min=0, help="Captions whose floors of PSNR and SSIM are measured.")] = 8,
+    card: Annotated[bool, typer.Option("--card", help="Write the score into the model's README.md.")] = False,
     cache: Annotated[Path, typer.Option(help="Finished videos; the same folder resumes.")] = Path("runs/evaluate"),
     dtype: Annotated[str, typer.Option(help="auto (fastest on this chip), fp32, bf16 or fp16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the result as JSON.")] = False,
@@ -27,6 +29,7 @@ def evaluate(
     from ..pipelines.loading import load
     from ..pipelines.record import surroundings
     from ..pipelines.shapes import evaluate as evaluating
+    from ..pipelines.shapes.card import write_score
 
     pipe: Any = load(model, dtype=dtype)
     note(f"{model}: {str(pipe.transformer.dtype).removeprefix('torch.')}, {captions} captions; kept in {cache}")
@@ -34,10 +37,12 @@ def evaluate(
     labels = {"dense": "dense", "plan": "under the plan", "floors": "floors"}
     with progress_bars(labels) as report:
         result = evaluating.evaluate(
-            pipe, plan, captions=captions, steps=steps, guidance=guidance, cache=cache, report=report
+            pipe, plan, captions=captions, steps=steps, guidance=guidance, floors=floors, cache=cache, report=report
         )
     for line in summary(result):
         print(line)
+    if card:
+        write_score(Path(pipe.config._name_or_path), result)
     if as_json:
         print(json.dumps({"model": model, **result, **surroundings(str(pipe._execution_device))}))
 

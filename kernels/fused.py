@@ -21,14 +21,13 @@ from .walk import Scratch
 @functools.cache
 def has_amx() -> bool:
     """Does this CPU multiply bfloat16 matrices in tiles?"""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache
 def has_bfloat16() -> bool:
     """Does this CPU have bfloat16 products at all? Without them float32 is the faster dtype."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16") or found.get("bf16"))
+    return has_amx() or torch.cpu._is_avx512_bf16_supported()
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

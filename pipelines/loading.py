@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from ..kernels.fused import has_amx, has_bfloat16
+
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -32,10 +34,10 @@ def fastest_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype
             return torch.bfloat16, "bf16: this GPU has instructions for it"
         return torch.float16, "fp16: this GPU has no bf16 instructions"
     if kind == "cpu":
-        if torch.cpu._is_amx_tile_supported():
+        if has_amx():
             return torch.bfloat16, "bf16: this CPU has AMX"
-        if torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "bf16: this CPU has AVX512-BF16"
+        if has_bfloat16():
+            return torch.bfloat16, "bf16: this CPU has bf16 products"
         return torch.float32, f"fp32: this CPU ({platform.machine()}) has no bf16 matrix instructions"
     return torch.float32, f"fp32: nothing is known of {kind}'s bf16"
 

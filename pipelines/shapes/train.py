@@ -16,7 +16,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .build import build_scheduler, build_text_encoder, build_tokenizer, build_transformer, build_vae
-from .scenes import GRAMMAR, held_out_scenes
+from .card import card
 from .train_flow import FlowStage, Grid, Student, train_flow
 from .train_vae import Report, VaeStage, train_vae
 
@@ -119,14 +119,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
     part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
     pipe.to("cpu", torch.float32).save_pretrained(part, safe_serialization=True)
     (part / "ziggurat.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
-    (part / "README.md").write_text(
-        CARD.format(
-            recipe="\n".join(f"- {line}" for line in recipe),
-            start=start or "nothing",
-            grammar=GRAMMAR,
-            held_out=len(held_out_scenes()),
-        )
-    )
+    (part / "README.md").write_text(card(recipe, start))
     if out.exists():
         out.rename(old)
     part.rename(out)
@@ -135,24 +128,6 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
 
 
 DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 10, "guidance": 4.0, "fps": 16, "captions": "shapes"}
-
-CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-video
----
-# shapes
-
-A miniature of Wan: `WanPipeline.from_pretrained` loads it with no code of ours, and it makes videos of moving shapes.
-
-    {grammar}
-
-It was trained by `ziggurat train shapes` on clips rendered on the fly, from {start}, in these stages:
-
-{recipe}
-
-{held_out} of the 540 single-object captions were never shown to it; `ziggurat evaluate` scores it on them.
-"""
 
 
 @contextmanager

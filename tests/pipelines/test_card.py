@@ -1,0 +1,26 @@
+"""The model card tells how it was trained, by every run, and one score."""
+
+from pathlib import Path
+
+from ziggurat.pipelines.shapes.card import card, write_score
+from ziggurat.pipelines.shapes.evaluate import wilson
+
+
+def test_a_card_keeps_what_its_start_was_trained_on(tmp_path: Path):
+    (tmp_path / "README.md").write_text(card(["tiny: 10 steps"], None))
+    write_score(tmp_path, {"captions": 8, "steps": 4, "guidance": 4.0, "dtype": "bfloat16", "dense": {}})
+    again = card(["full: 20 steps"], tmp_path)
+    assert "- tiny: 10 steps\n- full: 20 steps\n" in again
+    assert "Score" not in again
+
+
+def test_a_new_score_replaces_the_old(tmp_path: Path):
+    (tmp_path / "README.md").write_text(card(["tiny: 10 steps"], None))
+    for right in (3, 7):
+        result = {"captions": 8, "steps": 4, "guidance": 4.0, "dtype": "bfloat16", "dense": {"all": wilson(right, 8)}}
+        write_score(tmp_path, result)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("## Score") == 1
+    assert "| all attributes | 87.5% |" in text
+    assert "37.5%" not in text
+    assert not list(tmp_path.glob("*.part"))
