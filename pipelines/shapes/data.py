@@ -1,11 +1,13 @@
 """Endless training clips, each batch following from its random source alone."""
 
+import math
+from collections.abc import Sequence
 from random import Random
 
 import torch
 from torch import Tensor
 
-from .render import place, render, shorten
+from .render import CIRCUMRADIUS, Track, place, render, shorten
 from .scenes import draw_scene
 
 
@@ -18,10 +20,12 @@ def draw_clips(
     *,
     two_share: float = 0.0,
     span: int | None = None,
+    crop: int | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Random clips and their captions: float32 [count, 3, frames, height, width] in −1…1.
 
     span: frames of the clip of which these are a window, so that objects move at its pace; None = the window is all.
+    crop: height and width in pixels of a random part that is returned instead, the objects in it if they fit.
     """
     scenes = [draw_scene(random, two_share) for _ in range(count)]
     tracks = [place(scene, random, width / height) for scene in scenes]
@@ -32,7 +36,24 @@ def draw_clips(
             tuple(shorten(track, begin, begin + share) for track in each)
             for each, begin in zip(tracks, begins, strict=True)
         ]
-    return render(scenes, tracks, frames, height, width), [str(scene) for scene in scenes]
+    clips, captions = render(scenes, tracks, frames, height, width), [str(scene) for scene in scenes]
+    if crop is None:
+        return clips, captions
+    unit = min(height, width)
+    parts = []
+    for clip, each in zip(clips, tracks, strict=True):
+        top, left = (_corner(random, each, axis, unit, side, crop) for axis, side in ((1, height), (0, width)))
+        parts.append(clip[..., top : top + crop, left : left + crop])
+    return torch.stack(parts), captions
+
+
+def _corner(random: Random, tracks: Sequence[Track], axis: int, unit: int, side: int, crop: int) -> int:
+    """Where a crop begins along an axis (0 = x), such that it holds the objects as far as it can."""
+    reach = [CIRCUMRADIUS * track.radius for track in tracks]
+    low = min(min(t.start[axis], t.end[axis]) - r for t, r in zip(tracks, reach, strict=True)) * unit
+    high = max(max(t.start[axis], t.end[axis]) + r for t, r in zip(tracks, reach, strict=True)) * unit
+    first, last = sorted((math.ceil(high) - crop, math.floor(low)))
+    return min(max(random.randint(first, last), 0), side - crop)
 
 
 def draw_windows(random: Random, count: int, frames: int, size: int) -> Tensor:

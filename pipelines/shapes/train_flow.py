@@ -30,8 +30,8 @@ SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for 
 class Grid:
     """A size of clip to train on: `batch` clips a step, on average `fresh` of them new, the others seen lately.
 
-    With a `span`, clips are windows of ones of so many frames. The more tokens a clip has, the higher the noise at
-    which its shapes can still be told: `shift` grows with them.
+    With a `span`, clips are windows of ones of so many frames; with a `crop`, parts of so many pixels. The more tokens
+    a clip has, the higher the noise at which its shapes can still be told: `shift` grows with them.
     """
 
     frames: int
@@ -41,6 +41,7 @@ class Grid:
     keep: int = 2048
     two_share: float = 0.1
     span: int | None = None
+    crop: int | None = None
     shift: float = 3.0
     top_share: float = 0.15
 
@@ -139,9 +140,9 @@ class LatentPool:
 
     def _render(self, random: Random, count: int) -> list[tuple[Tensor, str]]:
         grid = self.grid
-        pixels, captions = draw_clips(
-            random, count, grid.frames, grid.size, grid.size, two_share=grid.two_share, span=grid.span
-        )
+        size = (grid.frames, grid.size, grid.size)
+        options: dict[str, Any] = {"two_share": grid.two_share, "span": grid.span, "crop": grid.crop}
+        pixels, captions = draw_clips(random, count, *size, **options)
         with torch.no_grad():
             latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
         return list(zip((latents - self.mean) / self.deviation, captions, strict=True))
@@ -194,7 +195,7 @@ def train_flow(
             average.step(student.parameters())
             progress.step += 1
             progress.clips += pool.grid.batch
-            figures = {f"loss {pool.grid.frames}x{pool.grid.size}": loss.item(), "top": top_loss}
+            figures = {f"loss {pool.grid.frames}x{pool.grid.crop or pool.grid.size}": loss.item(), "top": top_loss}
             report(stage.name, progress.step, total, figures)
             if progress.step % stage.save_every == 0 or progress.step == before + stage.steps:
                 accelerator.save_state(str(state))

@@ -227,3 +227,14 @@ def test_stacked_muon_is_muon():
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
     torch.optim.Muon(one, lr=0.1).load_state_dict(stacked.state_dict())
+
+
+def test_crops_hold_the_object():
+    """The part cut out shows as much of the object as the whole: its pixels differ from the background's."""
+    for seed in range(20):
+        whole, caption = draw_clips(Random(seed), 1, 5, 128, 128, span=33)
+        part, again = draw_clips(Random(seed), 1, 5, 128, 128, span=33, crop=80)
+        assert caption == again
+        assert part.shape == (1, 3, 5, 80, 80)
+        counts = [((clip - whole[..., :1, :1]).abs().amax(1) > 0.05).sum() for clip in (whole, part)]
+        assert counts[0] == counts[1] > 50
