@@ -6,17 +6,27 @@ from collections.abc import Sequence
 
 import typer
 
+from .batch import batch
+from .bench import app as bench
 from .console import Debug, told
+from .doctor import doctor
 from .evaluate import evaluate
 from .generate import generate
+from .kernels import kernels
+from .models import models
 from .train import app as train
 
 app = typer.Typer(
     name="ziggurat", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.command()(generate)
+app.command()(batch)
 app.command()(evaluate)
+app.command()(models)
+app.command()(kernels)
+app.command()(doctor)
 app.add_typer(train, name="train")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,8 +82,11 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars(labels: dict[str, str]) -> Iterator[Any]:
-    """A function (stage, done, total) that draws one bar a stage on stderr; stages without a label are not drawn."""
+def progress_bars(labels: dict[str, str], *, rate: str = "") -> Iterator[Any]:
+    """A function (stage, done, total) that draws one bar a stage on stderr; stages without a label are not drawn.
+
+    rate: what is counted, to show how many of them an hour.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -96,15 +100,18 @@ def progress_bars(labels: dict[str, str]) -> Iterator[Any]:
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        *([TextColumn("{task.fields[rate]}")] if rate else []),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
+        started = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks and stage in labels:
-                tasks[stage] = bars.add_task(labels[stage], total=total)
+                tasks[stage] = bars.add_task(labels[stage], total=total, rate="")
             if stage in tasks:
-                bars.update(tasks[stage], completed=done, total=total)
+                hourly = 3600 * done / max(time.monotonic() - started, 1e-3)
+                bars.update(tasks[stage], completed=done, total=total, rate=f"{hourly:.3g} {rate} an hour")
 
         yield report
 

@@ -1,11 +1,11 @@
-"""Where block lists are kept: static ones per grid, dynamic ones per layer and guidance branch until refreshed."""
+"""Where static block lists are kept, once per entry and grid; and how the lists of a group's entries become one."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ TENSORS = (*PER_TILE, "pool", "row_masks", "query_rows")
 class Prepared:
     """A head group on one grid and device: each entry's layout and, if static, its list; all joined if all are static.
 
-    key_rows: int32 [1 or heads of the group, R0].
+    key_rows: int32 [1 or heads of the group, R0]. factors: of the group's pyramid.
     """
 
     layouts: tuple[Layout, ...]
     lists: tuple[BlockList | None, ...]
+    factors: tuple[int, ...]
     key_rows: Tensor
     blocks: BlockList | None
 
@@ -46,15 +47,13 @@ class _Kept:
 
 @dataclass
 class ListCache:
-    """Builds each list once and hands it out until the grid changes or, for dynamic ones, the schedule refreshes it."""
+    """Builds each static list once and hands it out until other grids need its place.
+
+    built: lists built so far, the dynamic ones of `Reuse` among them.
+    """
 
     built: int = 0
     _static: OrderedDict[tuple[TokenGrid, str], _Kept] = field(default_factory=OrderedDict)
-    _dynamic: dict[Hashable, tuple[int, TokenGrid, BlockList]] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """Forget the dynamic lists: they belong to one run."""
-        self._dynamic.clear()
 
     def prepare(self, number: int, group: HeadGroup, grid: TokenGrid, device: torch.device) -> Prepared:
         """The group's layouts and static lists. `number` stands for the group, so that no call hashes a plan."""
@@ -64,8 +63,10 @@ class ListCache:
         while len(self._static) > MAX_GRIDS:
             self._static.popitem(last=False)
         if number not in kept.groups:
+            blocks_in = (math.ceil(segment.tokens / group.block) for segment in grid.segments)
+            factors = group.levels(sum(blocks_in) * group.block)
             layouts, lists = zip(
-                *(self._entry(kept, group, entry, grid, device) for entry in group.entries), strict=True
+                *(self._entry(kept, group, entry, factors, grid, device) for entry in group.entries), strict=True
             )
             rows = [layout.key_rows for layout in layouts]
             if all(torch.equal(item, rows[0]) for item in rows[1:]):
@@ -75,46 +76,13 @@ class ListCache:
                 key_rows = torch.cat([item.expand(size, -1) for item, size in zip(rows, sizes, strict=True)])
             static = [blocks for blocks in lists if blocks is not None]
             blocks = joined(static, group) if len(static) == len(lists) else None
-            kept.groups[number] = Prepared(layouts, lists, key_rows, blocks)
+            kept.groups[number] = Prepared(layouts, lists, factors, key_rows, blocks)
         return kept.groups[number]
-
-    def refreshed(
-        self,
-        place: Hashable,
-        epoch: int,
-        group: HeadGroup,
-        prepared: Prepared,
-        query: Tensor,
-        pyramid: KVPyramid,
-    ) -> BlockList:
-        """The list of a group with dynamic entries: the one kept for `place`, or a new one in a new epoch.
-
-        query: [B, heads of the group, N, D]; pyramid: over the same heads' keys and values.
-        """
-        grid = prepared.layouts[0].grid
-        kept = self._dynamic.get(place)
-        if kept and kept[:2] == (epoch, grid) and kept[2].batch in (1, query.shape[0]):
-            return kept[2]
-        lists = []
-        stops = accumulate(len(entry.heads) for entry in group.entries)
-        for entry, layout, static, stop in zip(group.entries, prepared.layouts, prepared.lists, stops, strict=True):
-            heads = slice(stop - len(entry.heads), stop)
-            blocks = static
-            if blocks is None:
-                own = _pyramid_heads(pyramid, heads)
-                with torch.no_grad():
-                    blocks = entry.selector.select(query[:, heads], own.key, layout, own)
-                    blocks = _with_rest(blocks, layout, group, entry)
-                self.built += 1
-            lists.append(blocks)
-        blocks = joined(lists, group)
-        self._dynamic[place] = (epoch, grid, blocks)
-        return blocks
 
     @property
     def nbytes(self) -> int:
-        """Memory of all lists kept, in bytes, a tensor that several lists share counted once."""
-        lists = [blocks for _, _, blocks in self._dynamic.values()]
+        """Memory of all static lists kept, in bytes, a tensor that several lists share counted once."""
+        lists: list[BlockList] = []
         for kept in self._static.values():
             lists += [blocks for _, blocks in kept.entries.values() if blocks is not None]
             lists += [prepared.blocks for prepared in kept.groups.values() if prepared.blocks is not None]
@@ -122,16 +90,21 @@ class ListCache:
         return sum(tensors.values())
 
     def _entry(
-        self, kept: _Kept, group: HeadGroup, entry: HeadPlan, grid: TokenGrid, device: torch.device
+        self,
+        kept: _Kept,
+        group: HeadGroup,
+        entry: HeadPlan,
+        factors: tuple[int, ...],
+        grid: TokenGrid,
+        device: torch.device,
     ) -> tuple[Layout, BlockList | None]:
-        factor = group.factors[1] if entry.pooled else 1
-        key = (group.order, group.tile, group.block, factor, entry.selector)
+        key = (group.order, group.tile, group.block, factors if entry.pooled else (), entry.selector)
         if key not in kept.entries:
-            kept.entries[key] = self._build(group, entry, grid, device)
+            kept.entries[key] = self._build(group, entry, factors, grid, device)
         return kept.entries[key]
 
     def _build(
-        self, group: HeadGroup, entry: HeadPlan, grid: TokenGrid, device: torch.device
+        self, group: HeadGroup, entry: HeadPlan, factors: tuple[int, ...], grid: TokenGrid, device: torch.device
     ) -> tuple[Layout, BlockList | None]:
         selector = entry.selector
         key_orders = [
@@ -141,7 +114,7 @@ class ListCache:
         layout = lay_out(grid, group.order, tile=group.tile, block=group.block, key_orders=key_orders)
         blocks = None
         if selector.static:
-            blocks = _with_rest(selector.select(None, None, layout, None), layout, group, entry)
+            blocks = with_rest(selector.select(None, None, layout, None), layout, factors, entry)
             self.built += 1
             if device.type != "cpu":
                 blocks = replace(blocks, **{name: tensor.to(device) for name, tensor in _tensors(blocks).items()})
@@ -167,15 +140,16 @@ def joined(lists: Sequence[BlockList], group: HeadGroup) -> BlockList:
     )
 
 
-def _with_rest(blocks: BlockList, layout: Layout, group: HeadGroup, entry: HeadPlan) -> BlockList:
-    return pool_rest(blocks, layout, factor=group.factors[1]) if entry.pooled else blocks
+def with_rest(blocks: BlockList, layout: Layout, factors: tuple[int, ...], entry: HeadPlan) -> BlockList:
+    """The list, and what it leaves out where the entry wants that read."""
+    return pool_rest(blocks, layout, factors=factors) if entry.pooled else blocks
 
 
 def _tensors(blocks: BlockList) -> dict[str, Tensor]:
     return {name: getattr(blocks, name) for name in TENSORS}
 
 
-def _pyramid_heads(pyramid: KVPyramid, heads: slice) -> KVPyramid:
+def pyramid_heads(pyramid: KVPyramid, heads: slice) -> KVPyramid:
     """The pyramid of some of its heads, as views."""
     return replace(
         pyramid,

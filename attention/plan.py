@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .order import TokenOrder
-from .rest import Rest
+from .rest import Rest, rest_factor
 from .schedule import Schedule
 from .selectors import AnySelector
 
@@ -34,11 +34,15 @@ class HeadPlan(_Part):
     """Heads of one layer that use one selector with the same parameters.
 
     rest: "drop" what the selector leaves out, or read it "pooled", exactly once, at the group's coarser level.
+    correction: what makes up for keys left out, measured at every refresh, which therefore runs dense (Re-ttention,
+        arXiv 2505.22918): "rho" scales outputs by the share of the softmax's sum that the list kept; "residual" also
+        adds what the scaled output then lacked. Costs a number, or a vector, per query, layer and branch.
     """
 
     heads: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     selector: AnySelector
     rest: Rest = "pooled"
+    correction: Literal["none", "rho", "residual"] = "none"
 
     @property
     def pooled(self) -> bool:
@@ -48,8 +52,9 @@ class HeadPlan(_Part):
 class HeadGroup(_Part):
     """Heads of a layer that share token order, query tile, block and levels: one pyramid, one list, one launch.
 
-    factors: level-0 rows that a row of each level stands for; by default (1, block) where a rest is pooled, else (1,).
-    The rest is pooled at factors[1], which must divide the block.
+    factors: level-0 rows that a row of each level stands for; by default what the selectors read, and the block where
+    a rest is pooled; left empty where a selector's levels depend on the grid. A rest is pooled at the coarsest factor
+    that divides the block.
     """
 
     order: TokenOrder = TokenOrder()
@@ -61,16 +66,40 @@ class HeadGroup(_Part):
     @model_validator(mode="after")
     def _check(self) -> HeadGroup:
         pooled = any(entry.pooled for entry in self.entries)
+        if not self.factors and (wanted := self._wanted(None)) is not None:
+            object.__setattr__(self, "factors", wanted)
         if not self.factors:
-            object.__setattr__(self, "factors", (1, self.block) if pooled and self.block > 1 else (1,))
+            return self
+        for entry in self.entries:
+            if missing := set(entry.selector.factors(self.block, None) or ()) - set(self.factors):
+                raise ValueError(
+                    f"factors must hold {sorted(missing)} for the {entry.selector.name} selector, got {self.factors}"
+                )
         if self.factors[0] != 1 or any(b <= a for a, b in zip(self.factors, self.factors[1:], strict=False)):
             raise ValueError(f"factors must start with 1 and increase, got {self.factors}")
-        if pooled and (len(self.factors) < 2 or self.block % self.factors[1]):
+        if pooled and rest_factor(self.factors, self.block) < 2:
             raise ValueError(
                 f"factors must hold a divisor of block {self.block} above 1 for the rest to be pooled, "
                 f"got {self.factors}"
             )
         return self
+
+    def _wanted(self, rows: int | None) -> tuple[int, ...] | None:
+        wanted = {1}
+        for entry in self.entries:
+            own = entry.selector.factors(self.block, rows)
+            if own is None:
+                return None
+            wanted |= {*own, *((self.block,) if entry.pooled else ())}
+        return tuple(sorted(wanted))
+
+    def levels(self, rows: int) -> tuple[int, ...]:
+        """The pyramid's factors for `rows` level-0 rows."""
+        return self.factors or self._wanted(rows) or (1,)
+
+    @property
+    def corrected(self) -> bool:
+        return any(entry.correction != "none" for entry in self.entries)
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -2,70 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from ..kernels.blocklist import ALL, BlockList
-from ..kernels.checks import ragged
-from ..kernels.listops import from_pairs
+from ..kernels.blocklist import BlockList
+from .levels import NOT_READ, levels_list, read_levels
 from .rows import Layout
 
 Rest = Literal["drop", "pooled"]
 
 
-def pool_rest(blocks: BlockList, layout: Layout, *, factor: int) -> BlockList:
-    """Add to a list of level-0 blocks the rows of level 1 that stand for the blocks it leaves out.
+def rest_factor(factors: Sequence[int], block: int) -> int:
+    """The factor at which a rest is pooled: the coarsest that divides the block; 1 if there is none."""
+    return max(factor for factor in factors if block % factor == 0)
 
-    blocks: level-0 entries without row masks. factor: level-0 rows per row of level 1, a divisor of `block`.
-    Every token is then read once: at level 0 if its block was listed or holds text or reference tokens, at level 1
-    otherwise; the weights of a tile's rows add up to the number of (unmasked) keys. Costs N / factor rows a tile.
 
-    Raises ValueError for a factor that does not divide the block, and for lists that read coarser levels already.
+def pool_rest(blocks: BlockList, layout: Layout, *, factors: Sequence[int]) -> BlockList:
+    """Add to a list the coarse rows that stand for the blocks it leaves out.
+
+    blocks: reads level-0 blocks whole, each at one level or nowhere. factors: the pyramid's; the rest is read at the
+    coarsest that divides the block. Every token is then read once: where the list had it, at level 0 if it is text, and
+    else at that level; the weights of a tile's rows add up to the number of (unmasked) keys. Costs N / factor rows a
+    tile.
+
+    Raises ValueError where no factor above 1 divides the block, and for lists that overlap or cut through blocks.
     """
-    if factor < 2 or layout.block % factor:
-        raise ValueError(f"factor must be a divisor of block {layout.block} and at least 2, got {factor}")
-    if bool((blocks.masked_count > 0).any()):
-        raise ValueError("blocks must hold no row masks for the rest to be pooled, got some")
-    batch, heads, tiles = blocks.start.shape
-    read = level0_reads(blocks, layout.blocks) | layout.exact_blocks.to(blocks.pool.device)
-    dense = read.all(-1)
-    left = ~read & ~dense[:, None]
-
-    # Row r of level 1 stands for level-0 block r // rows_each; its rows past the end stand for nothing.
-    rows_each = layout.block // factor
-    rows = left.repeat_interleave(rows_each, 1)
-    missing = -rows.shape[1] % layout.block
-    unread = torch.nn.functional.pad(rows, (0, missing), value=False).view(len(rows), -1, layout.block)
-    whole = torch.nn.functional.pad(rows, (0, missing), value=True).view(unread.shape).all(-1)
-
-    fine_tile, fine_block = (read & ~dense[:, None]).nonzero().unbind(1)
-    coarse_tile, coarse_block = unread.any(-1).nonzero().unbind(1)
-    partial = (~whole[coarse_tile, coarse_block]).nonzero()[:, 0]
-    return from_pairs(
-        torch.cat([fine_tile, coarse_tile]),
-        torch.cat([fine_block, coarse_block + layout.blocks]),
-        blocks.query_rows,
-        blocks.block,
-        batch=batch,
-        heads=heads,
-        masked=partial + len(fine_tile),
-        row_masks=unread[coarse_tile[partial], coarse_block[partial]],
-        dense=dense.view(batch, heads, tiles),
-    )
-
-
-def level0_reads(blocks: BlockList, level0_blocks: int) -> Tensor:
-    """Which level-0 blocks each tile reads: bool [B * H * T, level0_blocks].
-
-    Raises ValueError if the list reads blocks of a coarser level.
-    """
-    tile_index, entry = ragged(blocks.start, blocks.count)
-    block_index = blocks.pool[entry].long()
-    if block_index.numel() and int(block_index.max()) >= level0_blocks:
-        raise ValueError(f"blocks must be of level 0 (below {level0_blocks}), got block {int(block_index.max())}")
-    reads = torch.zeros(blocks.start.numel(), level0_blocks, dtype=torch.bool, device=blocks.pool.device)
-    reads[tile_index, block_index] = True
-    reads[blocks.count.flatten() == ALL] = True
-    return reads
+    factor = rest_factor(factors, layout.block)
+    if factor < 2:
+        raise ValueError(
+            f"factors must hold a divisor of block {layout.block} above 1 for the rest to be pooled, "
+            f"got {tuple(factors)}"
+        )
+    level = read_levels(blocks, layout, factors)
+    coarse = torch.full_like(level[:1, :1, :1], tuple(factors).index(factor))
+    rest = coarse.masked_fill(layout.exact_blocks.to(level.device), 0)
+    return levels_list(torch.where(level == NOT_READ, rest, level), layout, factors, blocks.query_rows)

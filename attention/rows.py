@@ -61,17 +61,20 @@ class Layout:
         names = ("query_rows", "key_rows", "tile_segment", "block_segment", "local")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def visual_parts(self) -> list[tuple[Segment, slice, slice]]:
-        """Each visual segment with its range of tiles and its range of blocks."""
-        parts = []
+    def parts(self) -> list[tuple[Segment, slice, slice]]:
+        """Each segment with its range of tiles and its range of blocks."""
+        found = []
         for index, segment in enumerate(self.grid.segments):
-            if segment.kind == "visual":
-                ranges = []
-                for owner in (self.tile_segment, self.block_segment):
-                    held = (owner == index).nonzero()[:, 0]
-                    ranges.append(slice(int(held[0]), int(held[-1]) + 1))
-                parts.append((segment, ranges[0], ranges[1]))
-        return parts
+            ranges = []
+            for owner in (self.tile_segment, self.block_segment):
+                held = (owner == index).nonzero()[:, 0]
+                ranges.append(slice(int(held[0]), int(held[-1]) + 1))
+            found.append((segment, ranges[0], ranges[1]))
+        return found
+
+    def visual_parts(self) -> list[tuple[Segment, slice, slice]]:
+        """The parts of visual segments."""
+        return [part for part in self.parts() if part[0].kind == "visual"]
 
 
 def lay_out(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from ..kernels.attend import attend
 from ..kernels.pyramid import build_pyramid
 from .grid import TokenGrid
 from .lists import ListCache
 from .plan import HeadGroup, Plan
+from .reuse import MAX_CACHE_BYTES, GroupCall, Reuse
 from .schedule import Schedule
 
 
@@ -56,7 +57,9 @@ class PlanRun:
     """Runs a plan's layers; static lists are built once per (entry, grid) and shared by layers, steps and runs.
 
     backend, compute_dtype: see `kernels.attend.attend`. check_finite: look for NaN and inf in every call and raise
-    ValueError naming layer and step. An instance belongs to one pipeline and one thread.
+    ValueError naming layer and step. max_cache_bytes: most memory that a guidance branch's dynamic lists, lse and
+    corrections may take; what does not fit is built anew at each step. An instance belongs to one pipeline and one
+    thread.
     """
 
     def __init__(
@@ -66,15 +69,36 @@ class PlanRun:
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
         check_finite: bool = False,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self.plan = plan
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.check_finite = check_finite
         self.lists = ListCache()
+        self.reuse = Reuse(self.lists, max_cache_bytes)
         numbers: dict[HeadGroup, int] = {}
         self._numbers = [[numbers.setdefault(group, len(numbers)) for group in layer.groups] for layer in plan.layers]
+        self._dense_layers = self._scheduled_dense(None)
         self.begin()
+
+    def name_layers(self, names: Sequence[str]) -> None:
+        """Tell the layers' names, in order, for schedules that keep some dense by name.
+
+        Raises ValueError where a schedule's pattern matches none.
+        """
+        self._dense_layers = self._scheduled_dense(names)
+
+    def _scheduled_dense(self, names: Sequence[str] | None) -> list[bool]:
+        schedule, count = self.plan.schedule, len(self.plan.layers)
+        dense = [i < schedule.dense_first_layers or i >= count - schedule.dense_last_layers for i in range(count)]
+        for pattern in schedule.dense_layers if names is not None else ():
+            found = [index for index, name in enumerate(names or ()) if fnmatchcase(name, pattern)]
+            if not found:
+                raise ValueError(f"dense_layers must name layers such as {(names or ('none',))[0]!r}, got {pattern!r}")
+            for index in found:
+                dense[index] = True
+        return dense
 
     def begin(self, noise_levels: Sequence[float] | None = None) -> None:
         """Start a run: counters and dynamic lists are cleared, static lists kept.
@@ -83,7 +107,11 @@ class PlanRun:
         """
         self.noise_levels = None if noise_levels is None else tuple(noise_levels)
         self._tallies = [_Tally() for _ in self.plan.layers]
-        self.lists.begin()
+        self.reuse.begin()
+
+    def end(self) -> None:
+        """Free the run's dynamic lists and corrections; the figures stay readable."""
+        self.reuse.end()
 
     def describe_steps(self) -> str:
         """What each step of the run does, by the plan's schedule; "" before `begin` was told the noise levels."""
@@ -122,16 +150,19 @@ class PlanRun:
             # What a mask hides may hold anything.
             seen = {"query": query} if key_log_weight is not None else {"query": query, "key": key, "value": value}
             _check_finite(layer, step, **seen)
-        by_schedule = self.schedule(layer).is_dense(noise_level, step)
+        schedule = self.schedule(layer)
+        by_schedule = schedule.is_dense(noise_level, step)
         reason = self.plan.layers[layer].dense
         if reason is not None:
             return self._dense(layer, query, reason)
+        if self._dense_layers[layer]:
+            return self._dense(layer, query, "the schedule keeps this layer dense")
         if grid is None:
             return self._dense(layer, query, "the token grid is unknown")
         if by_schedule:
             return self._dense(layer, query, "the schedule says dense")
 
-        outputs, density = [], 0.0
+        outputs, sparse, density = [], 0.0, 0.0
         groups = self.plan.layers[layer].groups
         for index, group in enumerate(groups):
             queries, keys, values = (_pick_heads(tensor, group.heads) for tensor in (query, key, value))
@@ -140,24 +171,31 @@ class PlanRun:
                 log_weight = _pick_heads(log_weight, group.heads)
             prepared = self.lists.prepare(self._numbers[layer][index], group, grid, query.device)
             pyramid = build_pyramid(
-                keys, values, prepared.key_rows, block=group.block, factors=group.factors, key_log_weight=log_weight
+                keys, values, prepared.key_rows, block=group.block, factors=prepared.factors, key_log_weight=log_weight
             )
-            blocks = prepared.blocks
-            if blocks is None:
-                epoch = self.schedule(layer).epoch(noise_level)
-                blocks = self.lists.refreshed((layer, branch, index), epoch, group, prepared, queries, pyramid)
-            out, _ = attend(
-                queries, pyramid, blocks, scale=scale, backend=self.backend, compute_dtype=self.compute_dtype
+            call = GroupCall(
+                place=(layer, index),
+                branch=branch,
+                shared=schedule.share_branches,
+                epoch=schedule.epoch(noise_level),
+                final=not schedule.refreshes_after(noise_level),
+                group=group,
+                prepared=prepared,
+                query=queries,
+                pyramid=pyramid,
+                scale=scale,
+                backend=self.backend,
+                compute_dtype=self.compute_dtype,
             )
+            out, ran, touched = self.reuse.attend(call)
             outputs.append(out)
-            if "density" not in blocks.memo:
-                blocks.memo["density"] = blocks.density(pyramid)
-            density += blocks.memo["density"] * len(group.heads) / self.plan.heads
+            sparse += ran * len(group.heads) / self.plan.heads
+            density += touched * len(group.heads) / self.plan.heads
         out = _in_head_order(outputs, [head for group in groups for head in group.heads])
         if self.check_finite:
             _check_finite(layer, step, output=out)
         tally = self._count(layer, query)
-        tally.sparse_rows += _rows(query)
+        tally.sparse_rows += sparse * _rows(query)
         tally.touched += density * _rows(query)
         return out
 

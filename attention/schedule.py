@@ -28,6 +28,9 @@ class Schedule(BaseModel):
     refresh_at: levels, falling; the first sparse step at or below each rebuilds the dynamic lists. The first sparse
         step of a run always does; static lists never need it.
     dense_first_steps: run at least this many steps dense, whatever their level.
+    dense_first_layers, dense_last_layers, dense_layers: layers that never run sparse: so many at either end, and those
+        whose path matches a pattern such as "blocks.0.*".
+    share_branches: guidance branches read the list of whichever of them comes first, instead of each its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,6 +39,10 @@ class Schedule(BaseModel):
     dense_from: Level = 0.0
     refresh_at: tuple[Level, ...] = ()
     dense_first_steps: Annotated[int, Field(ge=0)] = 0
+    dense_first_layers: Annotated[int, Field(ge=0)] = 0
+    dense_last_layers: Annotated[int, Field(ge=0)] = 0
+    dense_layers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    share_branches: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
@@ -47,10 +54,23 @@ class Schedule(BaseModel):
 
     @classmethod
     def from_steps(
-        cls, noise_levels: Sequence[float], *, dense_first: int = 0, dense_last: int = 0, refresh: Sequence[int] = ()
+        cls,
+        noise_levels: Sequence[float],
+        *,
+        dense_first: int = 0,
+        dense_last: int = 0,
+        refresh: Sequence[int] = (),
+        refresh_every: int | None = None,
     ) -> Schedule:
-        """The schedule that does this at these steps of a run with these (falling) noise levels."""
+        """The schedule that does this at these steps of a run with these (falling) noise levels.
+
+        refresh_every: refresh at every so many steps after the first sparse one, beside those of `refresh`.
+        """
         steps = len(noise_levels)
+        if refresh_every is not None:
+            if refresh_every < 1:
+                raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
+            refresh = sorted({*refresh, *range(dense_first + refresh_every, steps - dense_last, refresh_every)})
         if dense_first + dense_last > steps or min(dense_first, dense_last) < 0:
             raise ValueError(f"dense_first and dense_last must fit {steps} steps, got {dense_first} and {dense_last}")
         if any(not 0 <= step < steps for step in refresh):
@@ -71,6 +91,10 @@ class Schedule(BaseModel):
     def epoch(self, noise_level: float) -> int:
         """How many refresh levels the noise has reached: a list built in an earlier epoch is rebuilt."""
         return sum(noise_level <= level + TOLERANCE for level in self.refresh_at)
+
+    def refreshes_after(self, noise_level: float) -> bool:
+        """Whether a refresh is still to come below this level."""
+        return any(self.dense_from - TOLERANCE <= level < noise_level - TOLERANCE for level in self.refresh_at)
 
     def steps(self, noise_levels: Sequence[float]) -> tuple[Action, ...]:
         """What each step of a run with these noise levels does."""

@@ -30,8 +30,17 @@ class Selector(BaseModel):
         """An order of a visual segment's keys other than the queries': int64 local indices, or None."""
         return None
 
+    def factors(self, block: int, rows: int | None) -> tuple[int, ...] | None:
+        """The pyramid's factors that the lists read, for `rows` level-0 rows; None if they depend on unknown `rows`."""
+        return (1,)
+
+    @classmethod
+    def candidates(cls) -> tuple[Selector, ...]:
+        """The parameters worth trying where nothing is known yet, cheapest first."""
+        return (cls(),)
+
     def select(self, query: Tensor | None, key: Tensor | None, layout: Layout, pyramid: KVPyramid | None) -> BlockList:
-        """The level-0 blocks that each query tile reads.
+        """The blocks that each query tile reads.
 
         query, key: [B, H, N, D] of the heads concerned; None for static selectors, as is the pyramid over `layout`.
         Returns a list of [1, 1, T] (static) or [B|1, H|1, T] (dynamic).
@@ -39,11 +48,45 @@ class Selector(BaseModel):
         raise NotImplementedError
 
 
+class DynamicSelector(Selector):
+    """A selector whose lists follow from queries and keys.
+
+    needs_lse: it wants the logsumexp of all keys; the step that builds its first list therefore runs dense.
+    """
+
+    static: ClassVar[bool] = False
+
+    @property
+    def needs_lse(self) -> bool:
+        return False
+
+    def select(
+        self,
+        query: Tensor | None,
+        key: Tensor | None,
+        layout: Layout,
+        pyramid: KVPyramid | None,
+        *,
+        scale: float | None = None,
+        lse: Tensor | None = None,
+    ) -> BlockList:
+        """See `Selector.select`. scale: on the logits, None = D ** -0.5. lse: [B, H, N] over all keys if needed."""
+        assert query is not None, "a dynamic selector is given queries"
+        assert pyramid is not None, "a dynamic selector is given the pyramid"
+        return self.choose(query, layout, pyramid, scale=query.shape[-1] ** -0.5 if scale is None else scale, lse=lse)
+
+    def choose(
+        self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None
+    ) -> BlockList:
+        """The list, from queries [B, H, N, D] and a pyramid over `layout` that holds the selector's `factors`."""
+        raise NotImplementedError
+
+
 def level0_list(reads: Tensor, layout: Layout) -> BlockList:
     """A list from bool [B|1, H|1, T, K], true = the tile reads the block; text and reference tiles read all."""
     batch, heads, _, blocks = reads.shape
     dense = reads.all(-1) | layout.exact_tiles
-    tile_index, block_index = (reads & ~dense[..., None]).view(-1, blocks).nonzero().unbind(1)
+    tile_index, block_index = (reads & ~dense[..., None]).reshape(-1, blocks).nonzero().unbind(1)
     return from_pairs(tile_index, block_index, layout.query_rows, layout.block, batch=batch, heads=heads, dense=dense)
 
 
@@ -53,6 +96,8 @@ def _check_percent(size: int | str) -> int | str:
     return size
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A share of the blocks, or of the softmax mass."""
 Percent = Annotated[str, Field(pattern=r"^\d{1,3}(\.\d{1,6})?%$")]
 Size = Annotated[Annotated[StrictInt, Field(ge=1)] | Percent, AfterValidator(_check_percent)]
 """A length along one axis of the grid: a number of latent patches, or a share of the axis such as "12.5%"."""

@@ -7,10 +7,25 @@ from typing import Annotated
 from pydantic import Field
 
 from .dense import Dense
+from .loglinear import LogLinear
+from .precise import Precise
+from .pyramid import Pyramid
 from .skip import Skip
 from .stripe import Stripe
+from .topk import TopK
 from .window import Window
 
-SELECTORS = {"dense": Dense, "window": Window, "stripe": Stripe, "skip": Skip}
+SELECTORS = {
+    "dense": Dense,
+    "window": Window,
+    "stripe": Stripe,
+    "skip": Skip,
+    "topk": TopK,
+    "precise": Precise,
+    "loglinear": LogLinear,
+    "pyramid": Pyramid,
+}
 
-AnySelector = Annotated[Dense | Window | Stripe | Skip, Field(discriminator="name")]
+AnySelector = Annotated[
+    Dense | Window | Stripe | Skip | TopK | Precise | LogLinear | Pyramid, Field(discriminator="name")
+]

@@ -33,18 +33,22 @@ def attend(
     Raises ValueError for mismatched shapes, dtypes or devices, an invalid list, an unknown backend, or
     one that lacks what is asked of it; ImportError for one whose package is missing.
     """
-    run = backends.attend_of(backends.choose(query.device)[0] if backend == "auto" else backend)
+    name = backends.choose(query.device)[0] if backend == "auto" else backend
+    run = backends.attend_of(name)
     check(query, pyramid, blocks, compute_dtype)
+    # A compiled graph can't look at a list's numbers: there Triton's operator does, when it runs.
+    if name != "triton" or not torch.compiler.is_compiling():
+        blocks.validate(pyramid, query.shape[2])
     factor = float(query.shape[-1]) ** -0.5 if scale is None else scale
     return run(query, pyramid, blocks, scale=factor, compute_dtype=compute_dtype or query.dtype)
 
 
 def check(query: Tensor, pyramid: KVPyramid, blocks: BlockList, compute_dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError, naming the argument, unless query, pyramid and block list fit each other."""
+    """Raise ValueError, naming the argument, unless the shapes and dtypes of query, pyramid and list fit each other."""
     key = pyramid.key
     if query.ndim != 4:
         raise ValueError(f"query must be [batch, heads, tokens, head_dim], got {query.ndim} dimensions: reshape it")
-    batch, heads, tokens, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     if (batch, heads, head_dim) != (key.shape[0], key.shape[1], key.shape[3]):
         raise ValueError(
             f"query must agree with the pyramid's batch, heads and head_dim "
@@ -66,4 +70,3 @@ def check(query: Tensor, pyramid: KVPyramid, blocks: BlockList, compute_dtype: t
             f"blocks must be for batch 1 or {batch} and heads 1 or {heads}, got {blocks.batch} and {blocks.heads}: "
             "select or concatenate its heads"
         )
-    blocks.validate(pyramid, tokens)

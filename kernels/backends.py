@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 
 NAMES = ("torch", "triton", "flex", "reference")
-MODULES = {"torch": ".gather", "triton": ".triton_backend.ops", "flex": ".flex", "reference": ".reference"}
 
 
 def choose(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` takes for tensors on a device, and why, in one sentence."""
     if device.type != "cuda":
         return "torch", f"on {device.type} the torch backend is the fast one"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "torch", "this is a GPU, but the package triton is missing: pip install 'ziggurat[gpu]'"
     return "triton", "this is a GPU and triton is installed"
 
@@ -30,12 +28,31 @@ def attend_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of auto, {', '.join(NAMES)}, got {name!r}")
-    module = load_triton() if name == "triton" else importlib.import_module(MODULES[name], __package__)
-    return module.attend
+    if name == "triton":
+        return load_triton().attend
+    # Statements, not a table of names: torch.compile follows these into its graph.
+    if name == "flex":
+        from . import flex
+
+        return flex.attend
+    if name == "reference":
+        from . import reference
+
+        return reference.attend
+    from . import gather
+
+    return gather.attend
 
 
 def load_triton() -> ModuleType:
     """The Triton backend. Raises ImportError, saying what to install, if the package triton is missing."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise ImportError("backend 'triton' needs the package triton, which is missing: pip install 'ziggurat[gpu]'")
-    return importlib.import_module(MODULES["triton"], __package__)
+    from .triton_backend import ops
+
+    return ops
+
+
+def _has_triton() -> bool:
+    # torch.compile can't look for packages; what it then imports would say that it is missing.
+    return torch.compiler.is_compiling() or importlib.util.find_spec("triton") is not None

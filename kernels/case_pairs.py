@@ -46,7 +46,7 @@ def pairwise_cases() -> list[tuple[Case, str]]:
             if axis in chosen:
                 continue
             fitting = [v for v in AXES[name] if all(_possible(names[k], w, name, v) for k, w in chosen.items())]
-            chosen[axis] = max(fitting, key=lambda v: sum(_pair((axis, v), other) in left for other in chosen.items()))  # noqa: B023
+            chosen[axis] = max(fitting, key=lambda v: sum(_pair((axis, v), other) in left for other in chosen.items()))
         left -= {_pair(a, b) for a, b in itertools.combinations(chosen.items(), 2)}
         rows.append({name: chosen[axis] for axis, name in enumerate(names)})
     cases = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-TARGETS = ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -34,23 +32,105 @@ class Config:
 KERNELS = tuple(field.name for field in fields(Config))
 
 
-def config(target: str, head_dim: int, block: int) -> Config:
-    """The launches for a target ("cuda:90", "hip:gfx942", …) at a head_dim and block, before fitting to a list's tile.
+# (kernel, widest head_dim, widest block): tile, rows, warps, stages. The first line that covers both counts.
+Table = dict[tuple[str, int, int], tuple[int, int, int, int]]
+# What makes m64 and wider products: warp groups' registers on Hopper, tensor memory on Blackwell.
+_WIDE: Table = {
+    ("forward", 128, 1024): (128, 64, 8, 3),
+    ("forward", 256, 1024): (64, 32, 8, 2),
+    ("grad_query", 64, 1024): (128, 64, 8, 2),
+    ("grad_query", 128, 1024): (128, 64, 8, 2),
+    ("grad_query", 256, 1024): (64, 32, 8, 2),
+    ("grad_rows", 64, 1024): (64, 64, 4, 2),
+    ("grad_rows", 128, 16): (64, 64, 4, 2),
+    ("grad_rows", 128, 1024): (128, 32, 8, 2),
+    ("grad_rows", 256, 1024): (32, 32, 8, 1),
+    ("mass", 128, 1024): (128, 64, 8, 3),
+    ("mass", 256, 1024): (64, 64, 8, 2),
+}
+_BLACKWELL: Table = {("grad_query", 64, 16): (64, 64, 4, 2), **_WIDE}
+# Products of m16n8k16 hold output and scores in registers: half the rows a step, so that nothing spills.
+_NARROW: Table = {
+    ("forward", 64, 1024): (128, 64, 8, 3),
+    ("forward", 128, 1024): (128, 32, 8, 3),
+    ("forward", 256, 1024): (64, 32, 8, 2),
+    ("grad_query", 64, 1024): (128, 64, 8, 2),
+    ("grad_query", 128, 1024): (128, 32, 8, 2),
+    ("grad_query", 256, 1024): (64, 32, 8, 1),
+    ("grad_rows", 128, 16): (64, 64, 4, 2),
+    ("grad_rows", 64, 1024): (32, 64, 4, 2),
+    ("grad_rows", 128, 1024): (64, 64, 8, 2),
+    ("grad_rows", 256, 1024): (32, 32, 8, 1),
+    ("mass", 128, 1024): (128, 64, 8, 3),
+    ("mass", 256, 1024): (64, 64, 8, 2),
+}
+# Four waves of 64 threads have 512 registers each, eight have 256; and there are 64 KiB of shared memory.
+_AMD: Table = {
+    ("forward", 128, 1024): (128, 32, 4, 2),
+    ("forward", 256, 1024): (64, 32, 4, 1),
+    ("grad_query", 64, 1024): (128, 32, 4, 2),
+    ("grad_query", 128, 1024): (64, 32, 4, 2),
+    ("grad_query", 256, 1024): (32, 32, 4, 1),
+    ("grad_rows", 64, 1024): (64, 64, 4, 1),
+    ("grad_rows", 128, 16): (64, 64, 4, 1),
+    ("grad_rows", 128, 1024): (32, 64, 4, 1),
+    ("grad_rows", 256, 1024): (32, 32, 4, 1),
+    ("mass", 128, 1024): (128, 64, 8, 2),
+    ("mass", 256, 1024): (64, 64, 8, 1),
+}
+TABLES: dict[str, Table] = {
+    "cuda:80": _NARROW,
+    "cuda:89": _NARROW,
+    "cuda:90": _WIDE,
+    "cuda:100": _BLACKWELL,
+    "cuda:120": _NARROW,
+    "hip:gfx942": _AMD,
+}
 
-    A target that is not in the table takes the nearest older one of its kind.
+
+TARGETS = tuple(TABLES)
+
+
+def config(target: str, head_dim: int, block: int) -> Config:
+    """The launches for a target ("cuda:90", "hip:gfx942", …) at a head_dim and block, before `fit`.
+
+    A CUDA target that is not in the table takes the nearest older one, another of AMD's the only one.
     """
-    wide = padded(head_dim)
-    if wide <= 128:
-        forward = Launch(tile=128, rows=64, warps=8, stages=3)
-        grad_query = Launch(tile=128, rows=64, warps=8, stages=2)
-        grad_rows = Launch(tile=64, rows=64, warps=8, stages=2)
-        mass = Launch(tile=128, rows=64, warps=8, stages=3)
-    else:
-        forward = Launch(tile=64, rows=32, warps=8, stages=2)
-        grad_query = Launch(tile=64, rows=32, warps=8, stages=1)
-        grad_rows = Launch(tile=32, rows=32, warps=8, stages=1)
-        mass = Launch(tile=64, rows=64, warps=8, stages=2)
-    return Config(forward=forward, grad_query=grad_query, grad_rows=grad_rows, mass=mass)
+    table = TABLES[known(target)]
+    found: dict[str, Launch] = {}
+    for (kernel, wide, rows), (tile, step, warps, stages) in table.items():
+        if head_dim <= wide and block <= rows:
+            found.setdefault(kernel, Launch(tile=tile, rows=step, warps=warps, stages=stages))
+    if len(found) < len(KERNELS):
+        raise ValueError(f"head_dim must be at most 256 and block at most 1024, got {head_dim} and {block}")
+    return Config(**found)
+
+
+def known(target: str) -> str:
+    """The target of the table that a device's own stands for."""
+    backend, _, arch = target.partition(":")
+    if backend != "cuda":
+        return "hip:gfx942"
+    older = [name for name in TABLES if name.startswith("cuda:") and int(name[5:]) <= int(arch)]
+    return older[-1] if older else "cuda:80"
+
+
+def options(target: str, launch: Launch) -> dict[str, int]:
+    """A launch's options for Triton's compiler."""
+    given = {"num_warps": launch.warps, "num_stages": launch.stages}
+    if target.startswith("hip") and launch.tile < 128:
+        # Four waves stand below one another: 32 high, they would make the products of 64 rows twice.
+        given["matrix_instr_nonkdim"] = 16
+    return given
+
+
+def upright(target: str, rows: int) -> bool:
+    """Whether grad_rows makes its products with the key rows as the first side, the height of the MMAs.
+
+    It does where they may be 16 high; where they are 64 high, queries and head_dim are the first side.
+    """
+    table = TABLES[known(target)]
+    return table is _NARROW or (table is _AMD and rows >= 64)
 
 
 def padded(size: int) -> int:

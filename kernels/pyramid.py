@@ -130,12 +130,18 @@ def build_pyramid(
         live = log_weight > -math.inf
         sources = gather_rows(key, key_rows, live), gather_rows(value, key_rows, live)
         sizes = [end - begin for begin, end in itertools.pairwise(offsets)][1:]
-        means, weights = zip(
-            *(_pool(sources, log_weight, factor, size) for factor, size in zip(factors[1:], sizes, strict=True)),
-            strict=True,
+        # From the coarsest finer level that it is a multiple of: that has the fewest rows to read.
+        wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+        levels = {1: (sources, log_weight)}
+        for factor, size in zip(factors[1:], sizes, strict=True):
+            finer = max(other for other in levels if factor % other == 0)
+            live = math.ceil(level_rows / factor)
+            levels[factor] = _pool(*levels[finer], factor // finer, live, size, wide)
+        pooled = [levels[factor] for factor in factors[1:]]
+        pooled_key, pooled_value = (
+            torch.cat([means[which].to(key.dtype) for means, _ in pooled], 2) for which in range(2)
         )
-        pooled_key, pooled_value = (torch.cat(level, 2) for level in zip(*means, strict=True))
-        log_weight = torch.cat([log_weight, *weights], 2)
+        log_weight = torch.cat([log_weight, *(weight for _, weight in pooled)], 2)
     return KVPyramid(
         key=key,
         value=value,
@@ -187,21 +193,31 @@ def _row_log_weight(key_rows: Tensor, key_log_weight: Tensor | None, key: Tensor
 
 
 def _pool(
-    sources: tuple[Tensor, Tensor], log_weight: Tensor, factor: int, size: int
+    sources: tuple[Tensor, Tensor], log_weight: Tensor, factor: int, count: int, size: int, wide: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """One coarser level: weighted means of `factor` level-0 rows each, and their summed log-weight, `size` rows."""
-    missing = size * factor - log_weight.shape[2]
-    padded = torch.nn.functional.pad(log_weight, (0, missing), value=-math.inf)
-    grouped = padded.unflatten(2, (size, factor))
+    """One coarser level: weighted means, in `wide`, of `factor` rows each, and their summed weights.
+
+    Of its `size` rows the first `count` are over any rows at all; the others are padding.
+    """
+    # Negative where the finer level has more padding than this one needs.
+    missing = count * factor - log_weight.shape[2]
+    pad = torch.nn.functional.pad
+    grouped = pad(log_weight, (0, missing), value=-math.inf).unflatten(2, (count, factor))
     summed = torch.logsumexp(grouped, -1)
     # Rows over nothing: shares of 0 instead of -inf - -inf.
-    share = torch.where(summed[..., None] > -math.inf, (grouped - summed[..., None]).exp(), 0)
+    share = torch.where(summed[..., None] > -math.inf, (grouped - summed[..., None]).exp(), 0).to(wide)
     means = []
     for source in sources:
-        wide = torch.float64 if source.dtype == torch.float64 else torch.float32
-        rows = torch.nn.functional.pad(source, (0, 0, 0, missing)).unflatten(2, (size, factor))
-        means.append((rows.to(wide) * share[..., None].to(wide)).sum(3).to(source.dtype))
-    return (means[0], means[1]), summed
+        rows = (pad(source, (0, 0, 0, missing)) if missing else source).unflatten(2, (count, factor)).to(wide)
+        # A product writes nothing but the means; over few rows each, its loop costs more than adding them one by one.
+        if factor >= 8:
+            mean = (share[..., None, :] @ rows)[..., 0, :]
+        else:
+            mean = rows[..., 0, :] * share[..., 0, None]
+            for row in range(1, factor):
+                mean = torch.addcmul(mean, rows[..., row, :], share[..., row, None])
+        means.append(pad(mean, (0, 0, 0, size - count)))
+    return (means[0], means[1]), pad(summed, (0, size - count), value=-math.inf)
 
 
 def _shape(tokens: Tensor, rows: Tensor) -> tuple[int, int, int, int]:

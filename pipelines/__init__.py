@@ -3,13 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch.run import generate_many
     from .handle import Handle, attach
     from .loading import load
     from .plans import find_plan
 
-__all__ = ["Handle", "attach", "find_plan", "load"]
+__all__ = ["Handle", "attach", "find_plan", "generate_many", "load"]
 
-_HOMES = {"Handle": ".handle", "attach": ".handle", "find_plan": ".plans", "load": ".loading"}
+_HOMES = {
+    "Handle": ".handle",
+    "attach": ".handle",
+    "find_plan": ".plans",
+    "generate_many": ".batch.run",
+    "load": ".loading",
+}
 
 
 def __getattr__(name: str) -> Any:

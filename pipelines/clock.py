@@ -57,11 +57,16 @@ class RunClock:
 
     `run` counts runs from 1. A run begins with the first forward after the scheduler's `set_timesteps`; also, for
     those who drive a transformer by other means, when a given step index or the noise level jumps back to an earlier
-    one.
+    one. `finished` is called where a run has ended, as far as that can be told: when the pipeline frees its hooks,
+    which it does after an interrupted run too, and before the scheduler begins the next.
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, finished: Callable[[], None] | None = None):
         self._pipe = weakref.ref(pipe)
+        self._finished = finished or _nothing
+        self._unwrap_pipe: Callable[[], None] = _nothing
+        if callable(getattr(pipe, "maybe_free_model_hooks", None)):
+            self._unwrap_pipe = wrap_method(pipe, "maybe_free_model_hooks", self._freed)
         self._scheduler: weakref.ref[Any] | None = None
         self._unwrap: Callable[[], None] = _nothing
         self._pending = True
@@ -77,10 +82,18 @@ class RunClock:
         scheduler = self._scheduler() if self._scheduler else None
         return int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
 
+    def noise_level(self, told: float) -> float:
+        """A model's noise level within 0 ... 1; EDM schedulers (arXiv 2206.00364) tell log(sigma) / 4 instead."""
+        scheduler = self._scheduler() if self._scheduler else None
+        if hasattr(scheduler, "precondition_noise"):
+            return 1 / (1 + math.exp(-4 * told))
+        return min(max(told, 0.0), 1.0)
+
     @property
-    def timesteps(self) -> tuple[float, ...]:
-        """The timesteps of the run, as the scheduler announced them."""
-        return tuple(self._timesteps)
+    def noise_levels(self) -> tuple[float, ...]:
+        """The noise levels of the run's steps, as the scheduler announced them."""
+        edm = hasattr(self._scheduler() if self._scheduler else None, "precondition_noise")
+        return tuple(self.noise_level(t if edm else t / self.num_train_timesteps) for t in self._timesteps)
 
     def follow(self) -> None:
         """Watch the scheduler that the pipeline has now: users swap it."""
@@ -88,7 +101,7 @@ class RunClock:
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None or (self._scheduler is not None and self._scheduler() is scheduler):
             return
-        self.release()
+        self._leave_scheduler()
         self._scheduler = weakref.ref(scheduler)
         if callable(getattr(scheduler, "set_timesteps", None)):
             self._unwrap = wrap_method(scheduler, "set_timesteps", self._announce)
@@ -96,9 +109,18 @@ class RunClock:
         self._pending = True
 
     def release(self) -> None:
-        """Give the scheduler its own method back."""
+        """Give pipeline and scheduler their own methods back."""
+        self._unwrap_pipe()
+        self._unwrap_pipe = _nothing
+        self._leave_scheduler()
+
+    def _leave_scheduler(self) -> None:
         self._unwrap()
         self._unwrap, self._scheduler = _nothing, None
+
+    def _freed(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._finished()
+        return method(*args, **kwargs)
 
     def tick(self, timestep: float, step_index: int | None) -> int:
         """The step of a forward at `timestep`, or at `step_index` where the pipeline tells it."""
@@ -128,6 +150,7 @@ class RunClock:
         if scheduler is getattr(method, "__self__", None):
             self._read(scheduler)
         self._pending = True
+        self._finished()
         return result
 
     def _read(self, scheduler: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..attention.plan import Plan
-from .handle import attach
+from .handle import Handle, attach
 from .models import MODELS
 from .plans import TRANSFORMERS, Grid, find_plan, model_shape, transformers_of
 from .request import Request, call_arguments, complete, warn_of_unknown_words
@@ -75,7 +75,7 @@ def generate(
     model: Any,
     prompt: str,
     *,
-    plan: Plan | str | Path | None = "auto",
+    plan: Plan | Handle | str | Path | None = "auto",
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -96,7 +96,8 @@ def generate(
     Args:
         model: a pipeline, or what `load` takes; dtype and device are for that.
         plan: a Plan, its path, "none", or "auto": the one shipped for this model and the nearest grid; where there is
-            none, `warn` says so and stock attention runs.
+            none, `warn` says so and stock attention runs. A handle of this pipeline runs what it holds and stays
+            attached, so that one call's lists serve the next.
         frames, height, width, steps, guidance: the model folder's `ziggurat.json` if None, else the pipeline's own.
         seed: 0 ... 2**63 - 1; drawn if None.
         image, arguments: for pipelines that take an image, and for anything else their call takes, by name.
@@ -128,7 +129,14 @@ def generate(
         pipe = model
     settings = model_settings(pipe)
     request, grid = complete(pipe, asked, settings, compare=compare)
-    chosen, path = choose_plan(pipe, plan, grid, warn)
+    if isinstance(plan, Handle):
+        if not plan.attached:
+            raise ValueError("plan is a handle that was detached: attach it again, or give the plan itself")
+        if compare:
+            raise ValueError("compare can't run stock attention beside a handle: give it the plan itself")
+        chosen, path = plan.plan, None
+    else:
+        chosen, path = choose_plan(pipe, plan, grid, warn)
     if compare and chosen is None:
         raise ValueError("compare needs a plan to hold against dense, and none runs here: give one with plan")
     warn_of_unknown_words(settings, pipe, request.prompt, warn)
@@ -137,7 +145,10 @@ def generate(
     kind = torch.device(getattr(pipe, "_execution_device", "cpu")).type
     # On an accelerator timing waits for every attention call, so there only a comparison asks for it.
     timing = kind == "cpu" or compare
-    attached = nullcontext() if chosen is None else attach(pipe, chosen, grid=grid, timing=timing)
+    if isinstance(plan, Handle):
+        attached = nullcontext(plan)
+    else:
+        attached = nullcontext() if chosen is None else attach(pipe, chosen, grid=grid, timing=timing)
     with attached as handle:
         watch = Watch(pipe, report=lambda done, total: progress("denoise", done, total), layers=handle is None)
         video, seconds = _run(pipe, request, watch)
@@ -205,7 +216,7 @@ def stock_attention(pipe: Any) -> Iterator[None]:
     """Diffusers' own SDPA, whichever attention backend was chosen before; that is chosen again afterwards."""
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-    from .hook import attention_modules
+    from .modules import attention_modules
 
     kept: list[tuple[Any, Any]] = []
     for name in TRANSFORMERS:

@@ -7,23 +7,32 @@ from types import TracebackType
 from typing import Any
 
 from ..attention.plan import Plan
+from ..attention.reuse import MAX_CACHE_BYTES
 from ..attention.run import PlanRun
 from .clock import RunClock
 from .models import row_of
 from .plans import Grid, model_shape, resolve_plan, transformers_of
 from .routing import StepRecord, TransformerRun, attached
+from .ulysses import own_plan
 
 
 class Handle:
     """A plan at work on a pipeline; also a context manager that detaches on leaving."""
 
-    def __init__(self, pipe: Any, plan: Plan, source: str, *, backend: str, timing: bool):
+    def __init__(self, pipe: Any, plan: Plan, source: str, *, backend: str, timing: bool, max_cache_bytes: int):
         self.plan, self.source, self.timing = plan, source, timing
-        self._clock = RunClock(pipe)
+        plan_runs = {
+            name: PlanRun(own_plan(plan, transformer), backend=backend, max_cache_bytes=max_cache_bytes)
+            for name, transformer in transformers_of(pipe).items()
+        }
+
+        def free() -> None:
+            for plan_run in plan_runs.values():
+                plan_run.end()
+
+        self._clock = RunClock(pipe, free)
         self._runs = {
-            name: TransformerRun(
-                transformer, row_of(transformer), PlanRun(plan, backend=backend), self._clock, timing=timing
-            )
+            name: TransformerRun(transformer, row_of(transformer), plan, plan_runs[name], self._clock, timing=timing)
             for name, transformer in transformers_of(pipe).items()
         }
         self._attached = True
@@ -44,6 +53,7 @@ class Handle:
         self._clock.release()
         for run in self._runs.values():
             run.remove()
+            run.plan_run.end()
 
     @property
     def attached(self) -> bool:
@@ -84,11 +94,13 @@ class Handle:
         return [run for run in self._runs.values() if run.in_run(self._clock.run)]
 
     def summary(self) -> str:
-        """One line per layer: sparse, dense or why not; and the density of the latest run."""
+        """One line per layer: sparse, dense or why not; and the density and memory of the latest run."""
         density = "no run yet" if self.density is None else f"density {self.density:.1%} over {len(self.steps)} steps"
         lines = [f"plan {self.source}: {density}"]
         for name, run in self._runs.items():
             prefix = f"{name} " if len(self._runs) > 1 else ""
+            if memory := run.describe_memory():
+                lines.append(f"{prefix}{memory}")
             lines += [f"{prefix}layer {index} {run.describe(index)}" for index in range(len(run.paths))]
         return "\n".join(lines)
 
@@ -98,15 +110,22 @@ class Handle:
 
 
 def attach(
-    pipe: Any, plan: Plan | str | Path, *, grid: Grid | None = None, backend: str = "auto", timing: bool = False
+    pipe: Any,
+    plan: Plan | str | Path,
+    *,
+    grid: Grid | None = None,
+    backend: str = "auto",
+    timing: bool = False,
+    max_cache_bytes: int = MAX_CACHE_BYTES,
 ) -> Handle:
     """Run the self-attention of a diffusers pipeline by a plan, until `detach`.
 
     `plan` is a Plan, the path of one, or "auto": the plan shipped for the model, of several the one made for the grid
     nearest to `grid` (frames, height, width in latent patches). `backend` is the sparse kernel's (`kernels.attend`);
     dense steps, dense layers and cross-attention keep the attention backend chosen in diffusers. `timing` measures the
-    seconds spent in attention; on a GPU that synchronises around each call. Both transformers of a two-expert pipeline
-    run the plan. Attach before torch.compile, or reset Dynamo afterwards.
+    seconds spent in attention; on a GPU that synchronises around each call. `max_cache_bytes` is the most memory that
+    the lists and corrections of a guidance branch may take between steps; beyond it they are rebuilt instead of kept.
+    Both transformers of a two-expert pipeline run the plan. Attach before torch.compile, or reset Dynamo afterwards.
     Raises ValueError where the plan is not for this model, or the pipeline is attached already; then nothing changed.
     """
     source, chosen = "", plan
@@ -117,4 +136,4 @@ def attach(
         found, chosen = resolve_plan(chosen, shape, grid)
         source = source or found
     assert isinstance(chosen, Plan)
-    return Handle(pipe, chosen, source, backend=backend, timing=timing)
+    return Handle(pipe, chosen, source, backend=backend, timing=timing, max_cache_bytes=max_cache_bytes)

@@ -13,12 +13,15 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .rebind import HOMES, rebind, restore
+from .ulysses import Share, gather_heads, gather_mask, gather_tokens, share_of
 
 SLOT_ATTRIBUTE = "_ziggurat_layer"
 
@@ -37,11 +40,17 @@ class Call:
     grouped: bool = False
     unusual: str | None = None
     """An argument that only the original understands."""
+    share: Share | None = None
+    """Under context parallelism: this call is gathered, and holds the heads that the rank was dealt."""
 
 
 class Router(Protocol):
     def route(self, index: int, call: Call, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor:
         """The output of layer `index`, in the caller's layout: its own, or that of `stock()`."""
+        ...
+
+    def deal(self, index: int, heads: int, share: Share) -> list[int]:
+        """The order in which the ranks of a share take the heads of layer `index`."""
         ...
 
 
@@ -51,8 +60,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _routes: weakref.WeakValueDictionary[int, Route] = weakref.WeakValueDictionary()
-# Reentrant: garbage collection may run a finalizer, which restores names, while this thread holds it.
-_lock = threading.RLock()
+_lock = threading.Lock()
 _next_slot = 0
 
 
@@ -97,13 +105,18 @@ def _dispatch(
     if route is None:
         return stock()
     unusual = "attention_kwargs" if options.get("attention_kwargs") else None
-    if options.get("parallel_config") is not None:
-        unusual = "parallel_config"
+    mask = options.get("attn_mask")
+    if isinstance(mask, Tensor) and mask.shape == (query.shape[0], key.shape[1]):
+        # Diffusers' own meaning of two dimensions; to SDPA they would be queries and keys.
+        mask = mask[:, None, None]
+    share = share_of(options.get("parallel_config"))
+    if share is not None and unusual is None:
+        return _dispatch_shared(route, share, original, (query, key, value), {**options, "attn_mask": mask})
     call = Call(
         query=query.transpose(1, 2),
         key=key.transpose(1, 2),
         value=value.transpose(1, 2),
-        mask=options.get("attn_mask"),
+        mask=mask,
         scale=options.get("scale"),
         causal=options.get("is_causal", False),
         dropout=options.get("dropout_p", 0.0),
@@ -111,6 +124,35 @@ def _dispatch(
         unusual=unusual,
     )
     return route.router.route(route.index, call, stock, token_dim=1)
+
+
+def _dispatch_shared(
+    route: Route,
+    share: Share,
+    original: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+) -> Tensor:
+    order = route.router.deal(route.index, tensors[0].shape[2], share)
+    query, key, value = (gather_tokens(tensor, order, share) for tensor in tensors)
+    mask = gather_mask(options.get("attn_mask"), tensors[1].shape[1], share)
+
+    def stock() -> Tensor:
+        rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return original(*rows, **{**options, "attn_mask": mask, "parallel_config": None}).transpose(1, 2)
+
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=options.get("scale"),
+        causal=options.get("is_causal", False),
+        dropout=options.get("dropout_p", 0.0),
+        grouped=options.get("enable_gqa", False),
+        share=share,
+    )
+    return gather_heads(route.router.route(route.index, call, stock, token_dim=2), order, share)
 
 
 def _sdpa(slot: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
@@ -160,7 +202,7 @@ def _gated_op(
         from diffusers.models.attention_dispatch import AttentionBackendName
 
         options["backend"] = None if backend is None else AttentionBackendName(backend)
-        rebound = _homes.get(home)
+        rebound = HOMES.get(home)
         # Code compiled before a detach still comes here: its route is gone, and the name is the original again.
         original = rebound.dispatch if rebound else None
         original = original or sys.modules[home].dispatch_attention_fn
@@ -230,9 +272,11 @@ def _gate_dispatch(original: Callable[..., Tensor], home: str) -> Callable[..., 
             "backend": backend,
             "parallel_config": parallel_config,
         }
-        if slot is None or compiling:
+        if slot is None:
             return original(query, key, value, **options)
-        return _dispatch(slot, original, query, key, value, options)
+        # What the operator can't take breaks the graph, which fullgraph reports, rather than run dense unsaid.
+        dispatch: Any = torch.compiler.disable(_dispatch) if compiling else _dispatch
+        return dispatch(slot, original, query, key, value, options)
 
     return dispatch_attention_fn
 
@@ -242,60 +286,6 @@ def _gated_functional() -> types.ModuleType:
     functional.__dict__.update(vars(F))
     functional.__dict__["scaled_dot_product_attention"] = _gated_sdpa
     return functional
-
-
-@dataclass
-class _Home:
-    """The names of one Python module while at least one transformer needs them rebound."""
-
-    users: int = 0
-    dispatch: Callable[..., Tensor] | None = None
-    rebound: dict[str, Any] = field(default_factory=dict)
-    originals: dict[str, Any] = field(default_factory=dict)
-
-
-_homes: dict[str, _Home] = {}
-
-
-def _rebind(name: str) -> None:
-    with _lock:
-        home = _homes.setdefault(name, _Home())
-        home.users += 1
-        if home.users > 1:
-            return
-        module = sys.modules[name]
-        if hasattr(module, "dispatch_attention_fn"):
-            original = home.dispatch = module.dispatch_attention_fn
-            home.rebound["dispatch_attention_fn"] = _gate_dispatch(original, name)
-        if getattr(module, "F", None) is F:
-            home.rebound["F"] = _gated_functional()
-        for attribute, value in home.rebound.items():
-            home.originals[attribute] = getattr(module, attribute)
-            setattr(module, attribute, value)
-
-
-def _restore(names: Iterable[str]) -> None:
-    with _lock:
-        for name in names:
-            home = _homes[name]
-            home.users -= 1
-            if home.users:
-                continue
-            module = sys.modules[name]
-            for attribute, value in home.rebound.items():
-                # Someone who rebound the name after us keeps their own; ours passes through once no slot is set.
-                if getattr(module, attribute) is value:
-                    setattr(module, attribute, home.originals[attribute])
-            del _homes[name]
-
-
-def attention_modules(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Every attention module of a transformer of diffusers by its path, in module order."""
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention, MochiAttention
-
-    kinds: Any = (Attention, MochiAttention, AttentionModuleMixin)
-    return {path: module for path, module in transformer.named_modules() if isinstance(module, kinds)}
 
 
 class Gates:
@@ -310,7 +300,7 @@ class Gates:
         self._modules = [weakref.ref(module) for module in layers]
         self._hooks = []
         self._homes: list[str] = []
-        self._release = weakref.finalize(self, _restore, self._homes)
+        self._release = weakref.finalize(self, restore, self._homes)
         self.follow()
         for module, route in zip(layers, self.routes, strict=True):
             setattr(module, SLOT_ATTRIBUTE, route.slot)
@@ -323,7 +313,7 @@ class Gates:
             module = reference()
             name = type(getattr(module, "processor", module)).__module__
             if name not in self._homes:
-                _rebind(name)
+                rebind(name, _gate_dispatch, _gated_functional)
                 self._homes.append(name)
 
     def remove(self) -> None:

@@ -74,6 +74,22 @@ def _check_folder(folder: Path) -> None:
             )
 
 
+def find_model(model: str) -> Path | None:
+    """The folder a model's name stands for, None for a Hub id; nothing is asked of the Hub.
+
+    Raises ValueError for a name that is neither, and for a folder that can't be read safely.
+    """
+    folder = _folder_of(model)
+    if folder is not None:
+        _check_folder(folder)
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model {model!r} is neither an embedded model ({', '.join(embedded_models()) or 'none installed'}),"
+            " nor a local folder, nor a Hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    return folder
+
+
 def load(
     model: str | Path,
     *,
@@ -105,18 +121,11 @@ def load(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = _folder_of(model)
-    if folder is not None:
-        _check_folder(folder)
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model {model!r} is neither an embedded model ({', '.join(embedded_models()) or 'none installed'}),"
-            " nor a local folder, nor a Hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
+    folder = find_model(model)
     try:
         pipe = DiffusionPipeline.from_pretrained(
             folder or model,
-            dtype=_dtype_of(dtype, device),
+            dtype=dtype_of(dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
             **kwargs,
@@ -144,9 +153,13 @@ def load(
     return pipe
 
 
-def _dtype_of(
+def dtype_of(
     dtype: torch.dtype | str | dict[str, torch.dtype] | None, device: str | torch.device
 ) -> torch.dtype | dict[str, torch.dtype]:
+    """What `load` takes as dtype, as torch's: of None and "auto" the fastest of the device.
+
+    Raises ValueError for a name that torch does not know.
+    """
     if dtype is None or dtype == "auto":
         return fastest_dtype(device)[0]
     if isinstance(dtype, str):

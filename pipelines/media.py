@@ -81,16 +81,16 @@ def write_video(
     path = check_output(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {list(frames.shape)}")
-    with _whole(path) as part:
+    with whole(path) as part:
         _encode(part, path.suffix.lower(), frames, fps)
         if record is not None:
-            with _whole(record_path(path)) as text:
+            with whole(record_path(path)) as text:
                 text.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, renamed to `path` in the end, removed on any error."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..attention.plan import Plan
-from .hook import attention_modules
 from .models import row_of
+from .modules import attention_modules, heads_of
 
 Grid = tuple[int, int, int]
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -55,14 +55,19 @@ def model_shape(transformer: nn.Module) -> ModelShape:
     Raises ValueError for a class without a row in the table.
     """
     row = row_of(transformer)
+    modules = attention_modules(transformer)
+    layers = row.layers(modules)
+    if not layers:
+        raise ValueError(f"transformer is a {row.model} without any self-attention layer that a plan could run")
+    heads, head_dim = heads_of(modules[layers[0]])
     config: Any = transformer.config
     # Where it was loaded from, and by which version, makes no other model of it.
     facts = {name: value for name, value in config.items() if not name.startswith("_")}
     return ModelShape(
         model_class=row.model,
-        layers=len(row.layers(attention_modules(transformer))),
-        heads=config[row.heads],
-        head_dim=config[row.head_dim],
+        layers=len(layers),
+        heads=heads,
+        head_dim=head_dim,
         config_hash=hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16],
     )
 

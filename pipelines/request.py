@@ -86,9 +86,7 @@ def complete(pipe: Any, asked: Request, settings: ModelSettings, *, compare: boo
         values[name] = value
     values["seed"] = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     request = Request(prompt=asked.prompt, image=asked.image, arguments=dict(asked.arguments), **values)
-    limit = request.arguments.get("max_sequence_length", MOST_TOKENS)
-    for name in ("prompt", "negative"):
-        _check_length(pipe, name, getattr(request, name), limit)
+    check_lengths(pipe, request)
     return request, _check_size(size_rule(pipe), pipe, request, compare)
 
 
@@ -129,6 +127,13 @@ def _check_arguments(pipe: Any, request: Request) -> None:
             raise ValueError(f"{type(pipe).__name__} has no argument {name!r}; it takes {', '.join(free)}")
     if request.image is not None and "image" not in parameters:
         raise ValueError(f"{type(pipe).__name__} takes no image: leave it out, or load a model that starts from one")
+
+
+def check_lengths(pipe: Any, request: Request) -> None:
+    """Raise ValueError for a prompt, or its negative, of more tokens than the model reads."""
+    limit = request.arguments.get("max_sequence_length", MOST_TOKENS)
+    for name in ("prompt", "negative"):
+        _check_length(pipe, name, getattr(request, name), limit)
 
 
 def _check_length(pipe: Any, name: str, text: str | None, limit: int) -> None:

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.grid import TokenGrid
+from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from .clock import RunClock, wrap_method
-from .hook import SLOT_ATTRIBUTE, Call, Gates, attention_modules, clear_slot
-from .models import ModelRow, Shape
+from .hook import SLOT_ATTRIBUTE, Call, Gates, clear_slot
+from .masks import key_log_weight, with_exact_text
+from .modules import attention_modules
+from .row import Measure, ModelRow
+from .ulysses import Share, deal, interleaved, share_of
 
 
 @dataclass(kw_only=True)
@@ -32,6 +36,7 @@ class StepRecord:
     branches: list[str] = field(default_factory=list)
     sparse_calls: int = 0
     dense_calls: int = 0
+    lists_built: int = 0
     attention_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -41,25 +46,24 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def key_log_weight(mask: Tensor, tokens: int) -> Tensor | None:
-    """A mask over keys alone, [B|1, H|1, 1, N] (bool, or added to logits), as [B|1, H|1, N] float32; else None."""
-    if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] != tokens:
-        return None
-    mask = mask[:, :, 0]
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return mask.float()
-
-
 class TransformerRun:
     """The state of one transformer under a plan; the router of its gates."""
 
-    def __init__(self, transformer: nn.Module, row: ModelRow, plan_run: PlanRun, clock: RunClock, *, timing: bool):
+    def __init__(
+        self, transformer: nn.Module, row: ModelRow, plan: Plan, plan_run: PlanRun, clock: RunClock, *, timing: bool
+    ):
         self.row, self.plan_run, self.clock, self.timing = row, plan_run, clock, timing
+        self._whole_plan = plan
+        self._share = share_of(getattr(transformer, "_parallel_config", None))
         config: Any = transformer.config
         self.config: dict[str, Any] = dict(config)
         modules = attention_modules(transformer)
         self.paths = row.layers(modules)
+        plan_run.name_layers(self.paths)
+        kinds = [row.tokens_of(path) for path in self.paths]
+        # Most classes have one kind of sequence; each is measured once a forward.
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of = [self._kinds.index(kind) for kind in kinds]
         # Calls of each layer that no plan could take, by the reason.
         self._stock = [Counter[str]() for _ in self.paths]
         self._planned_rows = self._stock_rows = 0
@@ -67,8 +71,8 @@ class TransformerRun:
         self._run = 0
         self._context: dict[str, Any] | None = None
         self._texts: dict[tuple[Any, ...], str] = {}
-        self._shapes: tuple[Shape, ...] | None = None
-        self._grids: dict[tuple[Any, ...], TokenGrid | None] = {}
+        self._measures: list[Measure] = []
+        self._grids: dict[tuple[Measure, int], TokenGrid | str] = {}
         self._branch = ""
         self._nth_call = 0
         self._suspects: list[tuple[int, Tensor]] = []
@@ -107,14 +111,13 @@ class TransformerRun:
         clear_slot()
         self._suspects.clear()
         arguments = {**dict(zip(_parameters(type(transformer)), args, strict=False)), **kwargs}
-        # Wan 2.2 TI2V sends one timestep per token, with zeros for the frame that is given.
-        timestep = float(torch.as_tensor(arguments[self.row.timestep]).max())
         context = self._context or {}
         self.clock.follow()
         self._gates.follow()
         train = self.clock.num_train_timesteps
-        noise_level = self.row.noise_level(timestep, train)
-        step = self.clock.tick(noise_level * train, context.get("step_index"))
+        noise_level = self.clock.noise_level(self.row.noise_level(arguments[self.row.timestep], train))
+        timestep = noise_level * train
+        step = self.clock.tick(timestep, context.get("step_index"))
         if self._run != self.clock.run:
             self._begin()
         if not self.steps or self.steps[-1].step != step or self.steps[-1].timestep != timestep:
@@ -123,13 +126,12 @@ class TransformerRun:
         self._branch = context.get("name") or self._branch_of(arguments.get(self.row.text))
         self.steps[-1].branches.append(self._branch)
         self._nth_call += 1
-        self._shapes = self.row.shapes(self.config, arguments)
+        self._measures = [kind.measure(self.config, arguments) for kind in self._kinds]
         self._entered = self._now()
 
     def _begin(self) -> None:
         self._run = self.clock.run
-        train = self.clock.num_train_timesteps
-        self.plan_run.begin([t / train for t in self.clock.timesteps] or None)
+        self.plan_run.begin(self.clock.noise_levels or None)
         self.steps.clear()
         self._texts.clear()
         self._planned_rows = self._stock_rows = 0
@@ -137,13 +139,18 @@ class TransformerRun:
             reasons.clear()
 
     def _branch_of(self, text: Any) -> str:
+        if isinstance(text, list | tuple) and text:
+            text = text[0]
         if not isinstance(text, Tensor):
             return "text 0"
         # Pipelines without cache_context hand the same text over at each step; one that recasts it is told by order.
         return self._texts.setdefault((text.data_ptr(), tuple(text.shape)), f"text {self._nth_call}")
 
-    def _leave(self, _transformer: nn.Module, _arguments: Any, _output: Any) -> None:
+    def _leave(self, _transformer: nn.Module, _arguments: Any, output: Any) -> None:
         clear_slot()
+        if output is None:
+            # The forward raised: a run that ends here leaves no list behind.
+            self.plan_run.end()
         if self.steps:
             self.steps[-1].seconds += self._now() - self._entered
         # One read for the whole forward: reading a flag per layer would stall an accelerator per layer.
@@ -159,16 +166,26 @@ class TransformerRun:
                 " dtype with a wider range"
             )
 
-    def _grid(self, tokens: int) -> TokenGrid | None:
-        key = (self._shapes, tokens)
+    def _grid(self, index: int, tokens: int) -> TokenGrid | str:
+        key = (self._measures[self._kind_of[index]], tokens)
         if key not in self._grids:
-            self._grids[key] = None if self._shapes is None else self.row.token_grid(self._shapes, tokens)
+            grid = key[0].token_grid(tokens)
+            if self._share is not None and isinstance(grid, TokenGrid):
+                grid = interleaved(grid, self._share.world)
+            self._grids[key] = grid
         return self._grids[key]
+
+    def deal(self, index: int, heads: int, share: Share) -> list[int]:
+        if share != self._share:
+            raise ValueError("context parallelism was changed after attach: detach, and attach again")
+        return deal(self._whole_plan.layers[index], heads, share.world)
 
     def _planned(self, index: int, call: Call) -> Tensor | str | None:
         """The plan's output for this call, None where the plan wants it dense, or why no plan can take it."""
         if not self.steps:
             return "called outside the transformer's forward"
+        if call.share != self._share:
+            return "its processor knows nothing of the context parallelism that is on"
         if call.unusual:
             return f"{call.unusual} given, which only the chosen attention backend understands"
         if call.causal:
@@ -179,15 +196,17 @@ class TransformerRun:
             return "grouped-query attention"
         if call.key.shape[2] != call.query.shape[2]:
             return f"not self-attention ({call.query.shape[2]} queries, {call.key.shape[2]} keys)"
-        grid = self._grid(call.query.shape[2])
-        if grid is None:
-            return f"grid unknown: {call.query.shape[2]} tokens do not follow from the forward's arguments"
+        grid = self._grid(index, call.query.shape[2])
+        if isinstance(grid, str):
+            return grid
         weight = None
         if call.mask is not None:
-            weight = key_log_weight(call.mask, call.key.shape[2])
+            query = grid.visual[0].runs[0][0] if self.row.mask == "shared" else None
+            weight = key_log_weight(call.mask, call.key.shape[2], query=query)
             if weight is None:
                 return f"the mask {list(call.mask.shape)} is not a key mask"
         now = self.steps[-1]
+        built = self.plan_run.lists.built
         out = self.plan_run.attend_layer(
             call.query,
             call.key,
@@ -200,7 +219,10 @@ class TransformerRun:
             key_log_weight=weight,
             scale=call.scale,
         )
+        now.lists_built += self.plan_run.lists.built - built
         self._planned_rows += _rows(call)
+        if out is not None and call.mask is not None and call.mask.shape[-2] == call.query.shape[2]:
+            return with_exact_text(out, call, grid)
         return out
 
     def in_run(self, number: int) -> bool:
@@ -215,6 +237,14 @@ class TransformerRun:
     @property
     def rows_touched(self) -> float:
         return self.plan_run.density() * self._planned_rows + self._stock_rows
+
+    def describe_memory(self) -> str:
+        """What the latest run kept from step to step, at its most; "" if nothing."""
+        reuse = self.plan_run.reuse
+        parts = [f"{name} {size / 2**20:.1f} MiB" for name, size in reuse.peak.items()]
+        if reuse.unkept:
+            parts.append(f"{reuse.unkept} times over {reuse.max_bytes / 2**20:.0f} MiB a branch and rebuilt, not kept")
+        return f"kept between steps: {', '.join(parts)}" if parts else ""
 
     def describe(self, index: int) -> str:
         """What became of a layer in the latest run: sparse, dense, or why not."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hook import attention_modules
-from .models import MODELS, ModelRow
+from .models import MODELS
+from .modules import attention_modules
 from .plans import TRANSFORMERS
+from .row import ModelRow
 
 
 class Watch:
@@ -67,8 +68,8 @@ class Watch:
     def _measure(self, row: ModelRow, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         config: Any = transformer.config
-        shapes = row.shapes(config, {**dict(zip(names, args, strict=False)), **kwargs})
-        if shapes is not None:
+        shapes = row.tokens.visual(config, {**dict(zip(names, args, strict=False)), **kwargs})
+        if not isinstance(shapes, str):
             self.tokens = sum(math.prod(shape) for shape in shapes)
 
     def _sum(self, index: int, path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -5,8 +5,9 @@ import torch
 
 from ziggurat.attention.dense import Dense
 from ziggurat.attention.grid import TokenGrid
+from ziggurat.attention.levels import read_levels
 from ziggurat.attention.order import TokenOrder
-from ziggurat.attention.rest import level0_reads, pool_rest
+from ziggurat.attention.rest import pool_rest
 from ziggurat.attention.rows import Layout, lay_out
 from ziggurat.attention.select import Selector
 from ziggurat.attention.skip import Skip
@@ -50,7 +51,7 @@ def pyramid_of(layout: Layout, factor: int, key_log_weight: torch.Tensor | None 
 def test_every_token_is_read_exactly_once(where: str, name: str, block: int, factor: int):
     layout = laid_out(GRIDS[where], SELECTORS[name], block)
     fine = SELECTORS[name].select(None, None, layout, None)
-    blocks = pool_rest(fine, layout, factor=factor)
+    blocks = pool_rest(fine, layout, factors=(1, factor))
     pyramid = pyramid_of(layout, factor)
     blocks.validate(pyramid, layout.grid.tokens)
     read = to_dense(blocks, pyramid)
@@ -66,13 +67,13 @@ def test_every_token_is_read_exactly_once(where: str, name: str, block: int, fac
     text = live & layout.exact_blocks.repeat_interleave(layout.block)
     assert bool((met[:, text] == 1).all())
     # What the selector chose is still read exactly.
-    chosen = level0_reads(fine, layout.blocks).repeat_interleave(layout.block, -1)
+    chosen = (read_levels(fine, layout, (1, factor))[0, 0] == 0).repeat_interleave(layout.block, -1)
     assert bool((met >= chosen.int()).all())
 
 
 def test_masked_keys_are_left_out_of_the_weights():
     layout = laid_out(GRIDS["text"], SELECTORS["window"], 8)
-    blocks = pool_rest(SELECTORS["window"].select(None, None, layout, None), layout, factor=8)
+    blocks = pool_rest(SELECTORS["window"].select(None, None, layout, None), layout, factors=(1, 8))
     hidden = torch.zeros(1, 1, layout.grid.tokens)
     hidden[..., ::3] = -torch.inf
     pyramid = pyramid_of(layout, 8, hidden)
@@ -83,7 +84,7 @@ def test_masked_keys_are_left_out_of_the_weights():
 def test_costs_a_coarse_level_at_most():
     layout = lay_out(TokenGrid.video(9, 16, 16), TokenOrder(name="temporal"), tile=64, block=16)
     fine = Window(height=3, width=3).select(None, None, layout, None)
-    blocks = pool_rest(fine, layout, factor=16)
+    blocks = pool_rest(fine, layout, factors=(1, 16))
     coarse = -(-layout.blocks // 16)
     assert bool(((blocks.count - fine.count) <= coarse).all())
     assert not (blocks.count == ALL).any()
@@ -92,7 +93,7 @@ def test_costs_a_coarse_level_at_most():
 def test_lists_per_head_and_batch():
     layout = laid_out(GRIDS["video"], SELECTORS["window"], 8)
     reads = torch.rand(2, 3, layout.tiles, layout.blocks) < 0.3
-    blocks = pool_rest(from_dense(reads, layout.query_rows, 8), layout, factor=8)
+    blocks = pool_rest(from_dense(reads, layout.query_rows, 8), layout, factors=(1, 8))
     pyramid = pyramid_of(layout, 8)
     read = to_dense(blocks, pyramid)
     assert read.shape[:2] == (2, 3)
@@ -105,9 +106,17 @@ def test_lists_per_head_and_batch():
 def test_refused():
     layout = laid_out(GRIDS["video"], SELECTORS["window"], 8)
     fine = SELECTORS["window"].select(None, None, layout, None)
-    for factor in (1, 3, 16):
-        with pytest.raises(ValueError, match="factor must be a divisor of block 8"):
-            pool_rest(fine, layout, factor=factor)
-    pooled = pool_rest(fine, layout, factor=4)
-    with pytest.raises(ValueError, match="blocks must"):
-        pool_rest(pooled, layout, factor=4)
+    for factors in ((1,), (1, 3), (1, 16)):
+        with pytest.raises(ValueError, match="factors must hold a divisor of block 8"):
+            pool_rest(fine, layout, factors=factors)
+    pooled = pool_rest(fine, layout, factors=(1, 4))
+    with pytest.raises(ValueError, match="blocks must be of the levels"):
+        pool_rest(pooled, layout, factors=(1, 8))
+
+
+def test_a_list_without_a_rest_stays_as_it_is():
+    layout = laid_out(GRIDS["text"], SELECTORS["window"], 8)
+    pooled = pool_rest(SELECTORS["window"].select(None, None, layout, None), layout, factors=(1, 4))
+    again = pool_rest(pooled, layout, factors=(1, 4))
+    for name in ("start", "count", "pool", "masked_count", "row_masks"):
+        assert torch.equal(getattr(again, name), getattr(pooled, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from ziggurat.attention.order import TokenOrder, coordinates
 from ziggurat.attention.plan import HeadGroup, HeadPlan, LayerPlan, Plan
 from ziggurat.attention.run import PlanRun
 from ziggurat.attention.schedule import Schedule
-from ziggurat.attention.select import Selector, level0_list
+from ziggurat.attention.select import DynamicSelector, Selector, level0_list
 from ziggurat.attention.skip import Skip
 from ziggurat.attention.stripe import Box, Stripe
 from ziggurat.attention.window import Window
@@ -281,17 +281,15 @@ def test_density_weighs_heads_and_the_pooled_rest():
     assert run.list_density() == pytest.approx((2 * 3 / 8 + 1 / 8 + 1) / 4)
 
 
-class Latest(Selector):
-    """A dynamic selector: the blocks whose mean key is most like the tile's first query."""
+class Latest(DynamicSelector):
+    """The blocks whose mean key is most like the tile's first query."""
 
-    static: ClassVar[bool] = False
     name: Literal["latest"] = "latest"
 
-    def select(self, query, key, layout, pyramid):
-        assert query is not None
-        assert key is not None
-        assert pyramid is not None
-        assert query.shape == key.shape == pyramid.key.shape
+    def choose(self, query, layout, pyramid, *, scale, lse):
+        assert query.shape == pyramid.key.shape
+        assert scale == HEAD_DIM**-0.5
+        assert lse is None
         rows = layout.query_rows[0, :, 0].long()
         score = query[:, :, rows] @ pyramid.pooled_key[:, :, : layout.blocks].transpose(2, 3)
         return level0_list(score >= score.amax(-1, keepdim=True), layout)

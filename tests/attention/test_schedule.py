@@ -55,6 +55,37 @@ def test_steps_as_sugar(steps: int):
     assert Schedule(dense_first_steps=2).steps(run)[:3] == ("dense", "dense", "refresh")
 
 
+def test_refresh_every_so_many_steps():
+    run = levels(30)
+    schedule = Schedule.from_steps(run, dense_first=5, dense_last=2, refresh=[7], refresh_every=10)
+    actions = schedule.steps(run)
+    assert [i for i, action in enumerate(actions) if action == "refresh"] == [5, 7, 15, 25]
+    assert actions.count("dense") == 7
+    with pytest.raises(ValueError, match="refresh_every must be at least 1"):
+        Schedule.from_steps(run, refresh_every=0)
+
+
+@pytest.mark.parametrize("beta", ["linear", "scaled_linear"])
+def test_ddim_levels_are_the_timesteps_too(beta: str):
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    schedule = Schedule(dense_until=0.8, refresh_at=(0.5,))
+    for steps in (4, 50):
+        scheduler = DDIMScheduler(beta_schedule=beta)
+        scheduler.set_timesteps(steps)
+        run = [float(timestep) / scheduler.config["num_train_timesteps"] for timestep in scheduler.timesteps]
+        actions = schedule.steps(run)
+        assert actions[0] == "refresh" if run[0] <= 0.8 else "dense"
+        assert sum(action == "dense" for action in actions) == sum(level > 0.8 for level in run)
+        assert actions.count("refresh") == 2
+
+
+def test_what_is_still_to_come():
+    schedule = Schedule(refresh_at=(0.8, 0.5, 0.1), dense_from=0.2)
+    assert [schedule.refreshes_after(level) for level in (1.0, 0.8, 0.6, 0.5, 0.3)] == [True, True, True, False, False]
+    assert not Schedule().refreshes_after(1.0)
+
+
 def test_refused():
     with pytest.raises(ValidationError, match="refresh_at must fall"):
         Schedule(refresh_at=(0.3, 0.5))

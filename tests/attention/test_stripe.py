@@ -5,8 +5,8 @@ import torch
 from pydantic import ValidationError
 
 from ziggurat.attention.grid import TokenGrid
+from ziggurat.attention.levels import level0_reads
 from ziggurat.attention.order import TokenOrder
-from ziggurat.attention.rest import level0_reads
 from ziggurat.attention.rows import lay_out
 from ziggurat.attention.skip import Skip
 from ziggurat.attention.stripe import Box, Stripe

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from ziggurat.attention.grid import TokenGrid
+from ziggurat.attention.levels import level0_reads
 from ziggurat.attention.order import TokenOrder, coordinates
-from ziggurat.attention.rest import level0_reads
 from ziggurat.attention.rows import Layout, lay_out
 from ziggurat.attention.window import Window, diagonal, multi_diagonal
 

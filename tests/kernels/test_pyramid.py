@@ -73,3 +73,19 @@ def test_refusals(change, words):
     given = {"key": key, "value": key, "block": 16, **change}
     with pytest.raises(ValueError, match=words):
         build_pyramid(given.pop("key"), given.pop("value"), given.pop("key_rows", None), **given)
+
+
+@pytest.mark.parametrize("factors", [(1, 2, 4, 8, 16), (1, 3, 4, 6, 9), (1, 16, 256)], ids=str)
+@pytest.mark.parametrize("tokens", [5, 203, 700])
+def test_levels_are_means_of_tokens_whatever_levels_lie_between(tokens: int, factors: tuple[int, ...]):
+    key = torch.randn(1, 2, tokens, 8, dtype=torch.float64)
+    pyramid = build_pyramid(key, 2 * key, block=16, factors=factors)
+    for level, factor in enumerate(factors[1:], 1):
+        begin = pyramid.offsets[level] - pyramid.offsets[1]
+        for row, part in enumerate(key.split(factor, 2)):
+            torch.testing.assert_close(pyramid.pooled_key[:, :, begin + row], part.mean(2), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(pyramid.pooled_value[:, :, begin + row], 2 * part.mean(2), rtol=1e-6, atol=1e-6)
+            weight = pyramid.log_weight[..., pyramid.offsets[level] + row]
+            assert float(weight) == pytest.approx(math.log(part.shape[2]), abs=1e-5)
+        rest = pyramid.log_weight[..., pyramid.offsets[level] + -(-tokens // factor) : pyramid.offsets[level + 1]]
+        assert bool((rest == -math.inf).all())

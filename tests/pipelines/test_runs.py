@@ -14,7 +14,7 @@ from ziggurat.attention.run import PlanRun
 from ziggurat.attention.schedule import Schedule
 from ziggurat.pipelines import attach
 from ziggurat.pipelines.hook import Call
-from ziggurat.pipelines.routing import key_log_weight
+from ziggurat.pipelines.masks import key_log_weight
 
 LAYERS, HEADS = 2, 2
 

@@ -1,0 +1,37 @@
+"""`ziggurat doctor`: what this machine has, and whether attention is right on it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .console import Debug
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the findings as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say which devices and backends there are, which one is taken and why, and test it on each device.
+
+    Example: ziggurat doctor
+    """
+    from ..kernels import selftest
+
+    found = []
+    for device in selftest.devices():
+        about, test = selftest.describe(device), selftest.self_test(device)
+        found.append({**about, **test})
+        print(f"{about['device']}: {about['name']}, bfloat16 {'yes' if about['bf16'] else 'no'}")
+        print(f"  auto takes {about['auto']}: {about['why']}")
+        verdict = "passed" if test["passed"] else "FAILED"
+        print(f"  self-test {verdict}: error {test['error']:.1e} against float64, in {test['seconds']:.1f} s")
+    lacking = selftest.backends()
+    for name, lack in lacking.items():
+        print(f"backend {name}: {lack or 'ready'}")
+    if as_json:
+        print(json.dumps({"devices": found, "backends": lacking}))
+    if not all(item["passed"] for item in found):
+        raise typer.Exit(1)

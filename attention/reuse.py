@@ -1,0 +1,280 @@
+"""What a run keeps from step to step: dynamic lists, the lse they came from and corrections, within a cap."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.attend import attend
+from ..kernels.bitsets import BitList, to_bits
+from ..kernels.blocklist import BlockList
+from ..kernels.listops import all_blocks
+from ..kernels.pyramid import KVPyramid
+from .grid import TokenGrid
+from .lists import ListCache, Prepared, joined, pyramid_heads, with_rest
+from .plan import HeadGroup
+from .select import DynamicSelector
+
+MAX_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCall:
+    """One call of a head group.
+
+    place: the layer and group. branch: which guidance branch calls. shared: branches read the first one's list.
+    epoch: a list or correction of another epoch is rebuilt. final: no refresh follows in this run.
+    query: [B, heads of the group, N, D]; pyramid: over the same heads' keys and values.
+    """
+
+    place: Hashable
+    branch: Hashable
+    shared: bool
+    epoch: int
+    final: bool
+    group: HeadGroup
+    prepared: Prepared
+    query: Tensor
+    pyramid: KVPyramid
+    scale: float | None
+    backend: str
+    compute_dtype: torch.dtype | None
+
+    @property
+    def stamp(self) -> tuple[TokenGrid, int]:
+        """What a kept thing must agree with, beside the epoch."""
+        return self.prepared.layouts[0].grid, self.query.shape[0]
+
+    def entry_heads(self) -> Iterator[slice]:
+        """Each entry's heads, as a range of the group's."""
+        stop = 0
+        for entry in self.group.entries:
+            start, stop = stop, stop + len(entry.heads)
+            yield slice(start, stop)
+
+    def attend(self, blocks: BlockList, heads: slice | None = None) -> tuple[Tensor, Tensor]:
+        query = self.query if heads is None else self.query[:, heads]
+        pyramid = self.pyramid if heads is None else pyramid_heads(self.pyramid, heads)
+        return attend(query, pyramid, blocks, scale=self.scale, backend=self.backend, compute_dtype=self.compute_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lists:
+    """The lists of a group's entries, None where static; their list densities; and the lse of those that need it."""
+
+    epoch: int
+    stamp: tuple[TokenGrid, int]
+    lists: list[BlockList | BitList | None]
+    densities: list[float]
+    lse: list[Tensor | None]
+
+    @property
+    def nbytes(self) -> int:
+        # The query rows belong to the layout.
+        lists = sum(item.nbytes - item.query_rows.nbytes for item in self.lists if item is not None)
+        return lists + sum(item.nbytes for item in self.lse if item is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Correction:
+    """rho: float16 [B, H, N], at most 1. residual: [B, H, N, D] or None."""
+
+    epoch: int
+    stamp: tuple[TokenGrid, int]
+    rho: Tensor
+    residual: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.rho.nbytes + (0 if self.residual is None else self.residual.nbytes)
+
+
+@dataclass
+class Reuse:
+    """Builds the dynamic lists and corrections of a run, and hands them out until the schedule refreshes them.
+
+    Lists are kept in the smaller of their two forms, entries or bits. Whatever would take the memory of a guidance
+    branch over `max_bytes` is not kept, and is built anew at every step. peak: most bytes kept in the run, by what
+    keeps them. unkept: how often something was not kept.
+    """
+
+    cache: ListCache
+    max_bytes: int = MAX_CACHE_BYTES
+    unkept: int = 0
+    peak: dict[str, int] = field(default_factory=dict)
+    _lists: dict[tuple[Hashable, Hashable], _Lists] = field(default_factory=dict)
+    _corrections: dict[tuple[Hashable, Hashable], _Correction] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Forget everything: it belongs to one run."""
+        self.end()
+        self.unkept = 0
+        self.peak.clear()
+
+    def end(self) -> None:
+        """Free what is kept; the figures stay."""
+        self._lists.clear()
+        self._corrections.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything kept, in bytes."""
+        return sum(self._bytes().values())
+
+    def attend(self, call: GroupCall) -> tuple[Tensor, float, float]:
+        """Output [B, H, N, D] of a group with dynamic or corrected entries.
+
+        Also the share of its heads that ran sparse, and the list density of those, summed over heads ÷ heads. Heads
+        whose list or correction is measured now run dense by this package's own kernel, and their output is that.
+        """
+        exact: dict[int, tuple[Tensor, Tensor]] = {}
+        kept = self._refreshed(call, exact)
+        entries = call.group.entries
+        if len(exact) == len(entries) and not call.group.corrected:
+            out = torch.cat([exact[number][0] for number in range(len(entries))], 1)
+        else:
+            out, lse = call.attend(self._whole(call, kept))
+            parts = []
+            for number, heads in enumerate(call.entry_heads()):
+                part = out[:, heads]
+                if entries[number].correction != "none":
+                    part = self._corrected(call, number, heads, part, lse[:, heads], exact)
+                parts.append(exact[number][0] if number in exact else part)
+            out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        self._note()
+        total, sparse, density = len(call.group.heads), 0.0, 0.0
+        for number, entry in enumerate(entries):
+            if number not in exact:
+                sparse += len(entry.heads) / total
+                density += self._density(call, kept, number) * len(entry.heads) / total
+        return out, sparse, density
+
+    def _refreshed(self, call: GroupCall, exact: dict[int, tuple[Tensor, Tensor]]) -> _Lists | None:
+        """The kept lists, or new ones in a new epoch; None where all are static."""
+        if call.prepared.blocks is not None:
+            return None
+        branch = None if call.shared else call.branch
+        before = self._lists.get((branch, call.place))
+        if before is not None and before.stamp != call.stamp:
+            before = None
+        if before is not None and before.epoch == call.epoch:
+            return before
+        lists: list[BlockList | BitList | None] = []
+        densities, lses = [], []
+        for number, heads in enumerate(call.entry_heads()):
+            static = call.prepared.lists[number]
+            if static is not None:
+                lists.append(None)
+                densities.append(static.density(call.pyramid))
+                lses.append(None)
+                continue
+            old = before.lse[number] if before is not None else None
+            blocks, lse = self._build(call, number, heads, old, exact)
+            densities.append(blocks.density(call.pyramid))
+            lists.append(min(blocks, to_bits(blocks, call.pyramid), key=lambda form: form.nbytes))
+            lses.append(None if call.final else lse)
+        kept = _Lists(epoch=call.epoch, stamp=call.stamp, lists=lists, densities=densities, lse=lses)
+        self._lists.pop((branch, call.place), None)
+        if self._fits(branch, kept.nbytes):
+            self._lists[branch, call.place] = kept
+        return kept
+
+    def _build(
+        self,
+        call: GroupCall,
+        number: int,
+        heads: slice,
+        lse: Tensor | None,
+        exact: dict[int, tuple[Tensor, Tensor]],
+    ) -> tuple[BlockList, Tensor | None]:
+        entry, layout = call.group.entries[number], call.prepared.layouts[number]
+        selector = entry.selector
+        assert isinstance(selector, DynamicSelector)
+        if selector.needs_lse and lse is None:
+            lse = self._exact(call, number, heads, exact)[1].detach()
+        own = pyramid_heads(call.pyramid, heads)
+        with torch.no_grad():
+            blocks = selector.select(call.query[:, heads], own.key, layout, own, scale=call.scale, lse=lse)
+            blocks = with_rest(blocks, layout, call.prepared.factors, entry)
+        self.cache.built += 1
+        return blocks, lse
+
+    def _exact(
+        self, call: GroupCall, number: int, heads: slice, exact: dict[int, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse of an entry's heads over all keys; computed once a call."""
+        if number not in exact:
+            layout = call.prepared.layouts[number]
+            exact[number] = call.attend(all_blocks(layout.query_rows, layout.block), heads)
+        return exact[number]
+
+    def _corrected(
+        self,
+        call: GroupCall,
+        number: int,
+        heads: slice,
+        out: Tensor,
+        lse: Tensor,
+        exact: dict[int, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        key = (call.branch, (call.place, number))
+        kept = self._corrections.get(key)
+        if kept is None or (kept.epoch, kept.stamp) != (call.epoch, call.stamp):
+            full, full_lse = self._exact(call, number, heads, exact)
+            with torch.no_grad():
+                # Overlapping lists may weigh more than all keys, and queries without keys have no lse.
+                rho = torch.where(full_lse > -torch.inf, (lse - full_lse).exp(), 1).clamp(max=1).to(torch.float16)
+                residual = None
+                if call.group.entries[number].correction == "residual":
+                    residual = full.detach() - rho[..., None].to(out.dtype) * out.detach()
+            kept = _Correction(epoch=call.epoch, stamp=call.stamp, rho=rho, residual=residual)
+            self._corrections.pop(key, None)
+            if self._fits(call.branch, kept.nbytes):
+                self._corrections[key] = kept
+            return full
+        scaled = kept.rho[..., None].to(out.dtype) * out
+        return scaled if kept.residual is None else scaled + kept.residual
+
+    def _whole(self, call: GroupCall, kept: _Lists | None) -> BlockList:
+        """One list for all heads of the group."""
+        if kept is None:
+            assert call.prepared.blocks is not None
+            return call.prepared.blocks
+        lists = []
+        for static, form in zip(call.prepared.lists, kept.lists, strict=True):
+            blocks = form.to_list() if isinstance(form, BitList) else form or static
+            assert blocks is not None
+            lists.append(blocks)
+        return joined(lists, call.group)
+
+    def _density(self, call: GroupCall, kept: _Lists | None, number: int) -> float:
+        if kept is not None:
+            return kept.densities[number]
+        blocks = call.prepared.lists[number]
+        assert blocks is not None
+        if "density" not in blocks.memo:
+            blocks.memo["density"] = blocks.density(call.pyramid)
+        return blocks.memo["density"]
+
+    def _fits(self, branch: Hashable, more: int) -> bool:
+        stores = (self._lists, self._corrections)
+        held = sum(item.nbytes for store in stores for (owner, _), item in store.items() if owner == branch)
+        fits = held + more <= self.max_bytes
+        self.unkept += not fits
+        return fits
+
+    def _bytes(self) -> dict[str, int]:
+        lse = sum(part.nbytes for item in self._lists.values() for part in item.lse if part is not None)
+        return {
+            "lists": sum(item.nbytes for item in self._lists.values()) - lse,
+            "lse": lse,
+            "corrections": sum(item.nbytes for item in self._corrections.values()),
+        }
+
+    def _note(self) -> None:
+        now = self._bytes()
+        if sum(now.values()) >= sum(self.peak.values()):
+            self.peak = {name: size for name, size in now.items() if size}

@@ -1,0 +1,101 @@
+"""Each selector alone on the embedded model: `python benchmarks/selectors.py plans`, then `... table`.
+
+`plans` writes assets/plans/selectors/, fitted on captured calls of the checkpoint in assets. `table` runs 32 held-out
+captions with each of them (finished videos are kept, so that it resumes) and writes docs/selectors.md and
+benchmarks/selectors.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ziggurat.attention.plan import Plan
+from ziggurat.pipelines import load
+from ziggurat.pipelines.generate import generate
+from ziggurat.pipelines.plans import find_plan, model_shape
+from ziggurat.pipelines.record import surroundings
+from ziggurat.pipelines.settings import model_settings
+from ziggurat.pipelines.shapes.evaluate import all_block_plan, evaluate
+from ziggurat.search.bench import PROMPTS, captured
+from ziggurat.search.single import ALONE, single_plan
+
+ROOT = Path(__file__).parents[1]
+PLANS = ROOT / "assets" / "plans" / "selectors"
+DENSITIES = (0.15, 0.3)
+CAPTIONS = 32
+TIMED = 3
+HEAD = """# Each selector alone
+
+Plans of `assets/plans/selectors/`: one selector in every layer and head, about 15 % and 30 % list density with what the
+pooled rest reads, on {captions} held-out captions at {steps} steps. Lost: of the captions that dense attention gets
+right, those that the plan gets wrong. PSNR and SSIM are medians against dense attention of the same seed. Seconds are
+medians of {timed} videos, beside {stock:.1f} s of stock diffusers and {own:.1f} s of our own kernel reading all blocks.
+
+| plan | list density | right | lost | PSNR, dB | SSIM | seconds | of stock | of all blocks |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def plans() -> None:
+    """Fit and write the plans; the schedule is that of the plan shipped for the model, with one refresh."""
+    pipe: Any = load("shapes")
+    shape = model_shape(pipe.transformer)
+    shipped = find_plan(pipe)
+    assert shipped is not None
+    schedule = shipped[1].schedule.model_copy(update={"refresh_at": (0.75,)})
+    steps = model_settings(pipe).steps or 10
+    samples = captured("shapes", PROMPTS[:1], None, steps=steps, frames=None, size=None)
+    PLANS.mkdir(parents=True, exist_ok=True)
+    for name in ALONE:
+        for density in DENSITIES:
+            plan = single_plan(name, density, samples, shape, schedule=schedule)
+            path = plan.save(PLANS / f"{name}-{density:.0%}.json".replace("%", ""))
+            print(path.relative_to(ROOT), plan.predicted)
+
+
+def table() -> None:
+    """Evaluate every plan, and write the table."""
+    pipe: Any = load("shapes")
+    pipe.set_progress_bar_config(disable=True)
+    steps = model_settings(pipe).steps or 10
+    stock, own = (seconds(pipe, plan) for plan in (None, all_block_plan(model_shape(pipe.transformer))))
+    lines, results = [], {}
+    for path in sorted(PLANS.glob("*.json")):
+        plan = Plan.load(path)
+        result = evaluate(
+            pipe, plan, captions=CAPTIONS, steps=steps, floors=0, cache=ROOT / "runs" / "selectors", report=told
+        )
+        taken, listed = timed(pipe, plan)
+        results[path.stem] = {**result, "seconds": taken, "list_density": listed}
+        right, lost = result["sparse"]["all"], result["lost"]
+        near = result["fidelity"]
+        lines.append(
+            f"| {path.stem} | {listed:.1%} | {right['count']} of {right['of']} | {lost['count']} of {lost['of']} "
+            f"| {near['psnr']['median']:.1f} | {near['ssim']['median']:.3f} | {taken:.1f} "
+            f"| {taken / stock:.2f} | {taken / own:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    head = HEAD.format(captions=CAPTIONS, steps=steps, timed=TIMED, stock=stock, own=own)
+    (ROOT / "docs" / "selectors.md").write_text(head + "\n".join(lines) + "\n")
+    said = {"stock_seconds": stock, "all_blocks_seconds": own, "plans": results, **surroundings()}
+    (ROOT / "benchmarks" / "selectors.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def timed(pipe: Any, plan: Plan | None) -> tuple[float, float]:
+    """Median seconds of a video, and the list density of its run."""
+    made = [generate(pipe, PROMPTS[0], plan=plan, seed=seed) for seed in range(TIMED)]
+    middle = sorted(made, key=lambda one: one.seconds)[TIMED // 2]
+    return middle.seconds, middle.list_density
+
+
+def seconds(pipe: Any, plan: Plan | None) -> float:
+    return timed(pipe, plan)[0]
+
+
+def told(stage: str, done: int, total: int) -> None:
+    print(f"\r{stage} {done} of {total} ", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    {"plans": plans, "table": table}[sys.argv[1] if len(sys.argv) > 1 else "plans"]()

@@ -1,0 +1,196 @@
+"""Runs the Triton backend in Triton's interpreter, and prints how far it is from `reference`, one JSON line a case.
+
+python interpreted.py <part> <parts>, in a process of its own: what is interpreted can't be compiled as well.
+python interpreted.py compile: whether torch.compile takes it whole.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import dataclasses
+import json
+import math
+import sys
+import traceback
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from ziggurat.kernels.attend import attend
+from ziggurat.kernels.case_pairs import pairwise_cases
+from ziggurat.kernels.cases import Case, Problem, build
+from ziggurat.kernels.listops import all_blocks
+from ziggurat.kernels.mass import block_mass
+from ziggurat.kernels.pyramid import KVPyramid
+from ziggurat.kernels.triton_backend import ops
+
+LARGE = Case(lists="sparse", tokens=4429, head_dim=64, block=64, tile=128, batch=1, heads=1, factors=(1, 16))
+
+
+def mend_the_interpreter() -> None:
+    """Two faults: it takes bfloat16's bits for integers, and rounds towards zero; and calls are slow for no reason."""
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert_float(data, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.float32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.array(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, rounding)
+
+    def create_dot(self, a, b, d, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, d, *rest)
+
+    interpreter._convert_float = convert_float
+    setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)  # noqa: B010
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        modules = tuple(id(function.__globals__.get(name)) for name in ("tl", "core"))
+        if modules not in patched:
+            patched.add(modules)
+            return patch(function)
+        return None
+
+    def launch_anew(self, *given, **named):
+        patched.clear()
+        return launch(self, *given, **named)
+
+    # A kernel's functions are patched anew at each of their calls, though the first patch holds until the kernel ends.
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+def gradients(problem: Problem, weight: torch.Tensor, dtype: torch.dtype, backend: str, nudge: float = 0.0) -> list:
+    """Output, lse and the gradients of query, key and value, of inputs moved by `nudge` times their size."""
+    tensors = [
+        (tensor.to(dtype) * (1 + nudge * torch.randn(tensor.shape, dtype=dtype))).requires_grad_()
+        for tensor in (problem.query, problem.key, problem.value)
+    ]
+    # The pyramid is pooled in the precision that the problem has.
+    pyramid = problem.pyramid(*tensors[1:])
+    out, lse = attend(tensors[0], pyramid, problem.blocks, backend=backend)
+    return [out, lse, *torch.autograd.grad(out, tensors, weight.to(dtype))]
+
+
+def measure(case: Case, dtype: torch.dtype) -> dict:
+    """Distances to the reference in float64, beside those that inputs nudged by one rounding move it."""
+    torch.manual_seed(0)
+    problem = build(case, dtype)
+    weight = torch.randn(problem.query.shape, dtype=torch.float64).to(dtype)
+    exact = gradients(problem, weight, torch.float64, "reference")
+    unit = torch.finfo(dtype).eps
+    nudged = gradients(problem, weight, torch.float64, "reference", unit)
+    got = gradients(problem, weight, dtype, "triton")
+    again = gradients(problem, weight, dtype, "triton") if case.tokens == 63 else got
+    live = exact[1] > -math.inf
+    result = {
+        "case": str(case),
+        "dtype": str(dtype),
+        "unit": unit,
+        "lse": float(exact[1][live].abs().amax()) if bool(live.any()) else 0.0,
+        "empty": torch.equal(got[1] == -math.inf, ~live) and bool((got[0][~live] == 0).all()),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in (got[0], *got[2:])),
+        "repeats": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
+        "dtypes": [str(tensor.dtype) for tensor in got],
+    }
+    for name, a, b, c in zip(("out", "lse", "query", "key", "value"), got, exact, nudged, strict=True):
+        if name == "lse":
+            a, b, c = (tensor[live] for tensor in (a, b, c))
+        result[f"{name} error"], result[f"{name} moved"] = (float((x.double() - b).norm()) for x in (a, c))
+        result[f"{name} norm"] = float(b.norm())
+    return {**result, **masses(problem, dtype)}
+
+
+def masses(problem: Problem, dtype: torch.dtype) -> dict:
+    """`block_mass` of the problem's tiles, with the lse of all of level 0, against the reference in float64."""
+    pyramid = problem.pyramid()
+    rows = problem.blocks.query_rows
+    wide = KVPyramid(
+        **{name: getattr(pyramid, name).double() for name in ("key", "value", "pooled_key", "pooled_value")},
+        **{name: getattr(pyramid, name) for name in ("key_rows", "log_weight", "offsets", "factors", "block")},
+    )
+    _, lse = attend(problem.query.double(), wide, all_blocks(rows, pyramid.block), backend="reference")
+    exact = block_mass(problem.query.double(), wide, lse, rows, backend="reference")
+    got = block_mass(problem.query, pyramid, lse.float(), rows, backend="triton")
+    live = (rows >= 0)[None] & (lse > -math.inf).any()
+    return {
+        "mass shape": list(got.shape) == list(exact.shape) and got.dtype == torch.float32,
+        "mass error": float((got - exact).abs().amax()),
+        "mass total error": float((got.sum(-1) - exact.sum(-1)).abs().amax()),
+        "mass queries": int(live.sum(-1).max()),
+    }
+
+
+def compiled() -> dict:
+    """The backend under torch.compile(fullgraph=True), with a list that has been checked and one that has not."""
+    case = Case(lists="masked", tokens=63, head_dim=16, tile=64, block=32, factors=(1, 4), batch=1, heads=2)
+    problem = build(case, torch.float32)
+    pyramid = problem.pyramid()
+
+    def run(query: Any, key: Any, value: Any, blocks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = attend(query, dataclasses.replace(pyramid, key=key, value=value), blocks, backend="triton")
+        return out * 2, lse
+
+    tensors: list[Any] = []
+    same, lse = [], torch.empty(0)
+    whole: Any = None
+    for fresh in (True, False):
+        torch.compiler.reset()
+        blocks = build(case, torch.float32).blocks
+        if not fresh:
+            blocks.validate(pyramid, case.tokens)
+        tensors = [t.clone().requires_grad_() for t in (problem.query, problem.key, problem.value)]
+        results = []
+        whole = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for function in (whole, run):
+            out, lse = function(*tensors, blocks)
+            results.append([out, lse.clone(), *torch.autograd.grad(out.square().sum(), tensors)])
+        same.append(all(torch.equal(a, b) for a, b in zip(*results, strict=True)))
+    arguments = (
+        *(*tensors, pyramid.pooled_key, pyramid.pooled_value, pyramid.key_rows, pyramid.log_weight),
+        *([getattr(problem.blocks, name) for name in ops.LIST], [], 32, 0.25, torch.float32),
+    )
+    torch.library.opcheck(ops.attend_op, arguments)
+    out, _ = run(*tensors, problem.blocks)
+    (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
+    try:
+        torch.autograd.grad(grad.sum(), tensors[0])
+        refused = False
+    except RuntimeError:
+        refused = True
+    # A list that reaches past the pyramid is refused where a graph could not look at it.
+    wrong = dataclasses.replace(problem.blocks, pool=problem.blocks.pool + 1000)
+    torch.compiler.reset()
+    try:
+        whole = torch.compile(run, fullgraph=True, backend="aot_eager")
+        whole(*tensors, wrong)
+        checked = False
+    except ValueError:
+        checked = True
+    return {"same": same, "lse has no gradient": not lse.requires_grad, "refused": refused, "checked": checked}
+
+
+if __name__ == "__main__":
+    mend_the_interpreter()
+    torch.set_num_threads(1)
+    if sys.argv[1] == "compile":
+        print(json.dumps(compiled()))
+        sys.exit()
+    part, parts = int(sys.argv[1]), int(sys.argv[2])
+    jobs = [(LARGE, "float32"), *pairwise_cases()]
+    for number, (case, dtype) in enumerate(jobs):
+        if number % parts != part:
+            continue
+        try:
+            found = measure(case, getattr(torch, dtype))
+        except Exception:
+            found = {"case": str(case), "dtype": dtype, "failed": traceback.format_exc()}
+        print(json.dumps({"number": number, **found}), flush=True)
