@@ -120,7 +120,7 @@ def measure(setting: bench.Setting, device: torch.device, target: str) -> dict[s
         if setting.density < 1:
             found["flex"] = clock(flex(query, key, value, inputs, blocks))
         if importlib.util.find_spec("xformers"):
-            from xformers.ops import memory_efficient_attention
+            from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
             dense = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
             found["xformers"] = clock(lambda: memory_efficient_attention(*dense))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def backends() -> dict[str, str]:
     """Each backend, and what it lacks here; "" if nothing."""
-    lacking = dict.fromkeys(NAMES, "")
+    lacking: dict[str, str] = dict.fromkeys(NAMES, "")
     if importlib.util.find_spec("triton") is None:
         lacking["triton"] = "the package triton is not installed: pip install 'ziggurat[gpu]'"
     elif not torch.cuda.is_available():
@@ -63,5 +64,4 @@ def self_test(device: torch.device) -> dict[str, Any]:
 
 
 def _moved(blocks: BlockList, device: torch.device) -> BlockList:
-    given = {name: value for name, value in vars(blocks).items() if name != "memo"}
-    return BlockList(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()})
+    return replace(blocks, **{name: v.to(device) for name, v in vars(blocks).items() if isinstance(v, torch.Tensor)})

@@ -13,7 +13,7 @@ def _step(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr,
     POOLED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, read = listed_rows(begin, end, entries, masks, masked, ROWS, BLOCK, WORDS, MASKED)
+    row, read = listed_rows(begin, end, entries, masks, masked, ROWS, BLOCK, WORDS, MASKED)  # pyright: ignore[reportGeneralTypeIssues]
     weight, token, live = weigh_rows(row, read, KEY_ROWS, LOG_WEIGHT, level_rows, POOLED, MASKED)  # pyright: ignore[reportGeneralTypeIssues]
     key = load_rows(row, token, live, K, k_n, PK, pk_n, level_rows, dims, D, POOLED, COMPUTE)
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2 + weight[None, :]

@@ -26,6 +26,7 @@ TINY = Grid(frames=9, size=32, batch=32, fresh=4, keep=4096, two_share=0.0, shif
 MIDDLE = Grid(frames=17, size=64, batch=8, fresh=1, shift=5.0)
 PART = Grid(frames=1, size=128, crop=80, batch=16, fresh=4, keep=8192, two_share=0.0, shift=5.0, top_share=0.02)
 SHORT = Grid(frames=9, size=128, crop=80, batch=4, fresh=0.7, two_share=0.0, span=33, shift=6.0, top_share=0.05)
+MEDIUM = Grid(frames=17, size=128, crop=96, batch=2, fresh=0.5, two_share=0.0, span=33, shift=6.0, top_share=0.1)
 STILL = Grid(frames=1, size=128, batch=8, fresh=2, keep=4096, two_share=0.05, shift=6.0, top_share=0.02)
 FULL = Grid(frames=33, size=128, batch=1, fresh=0.5, keep=512, two_share=0.05, shift=7.0)
 
@@ -44,8 +45,13 @@ DECODER = VaeStage(
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
-    FlowStage(name="wide", steps=9000, grids=((0.37, PART), (0.4, SHORT), (0.2, STILL), (0.03, FULL))),
-    FlowStage(name="full", steps=2400, grids=((0.4, FULL), (0.25, SHORT), (0.2, STILL), (0.15, PART)), cooldown=800),
+    FlowStage(name="wide", steps=6500, grids=((0.37, PART), (0.4, SHORT), (0.2, STILL), (0.03, FULL))),
+    FlowStage(
+        name="full",
+        steps=1800,
+        grids=((0.25, FULL), (0.25, MEDIUM), (0.15, SHORT), (0.2, STILL), (0.15, PART)),
+        cooldown=600,
+    ),
 )
 
 

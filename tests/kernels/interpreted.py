@@ -141,7 +141,6 @@ def compiled() -> dict:
 
     tensors: list[Any] = []
     same, lse = [], torch.empty(0)
-    whole: Any = None
     for fresh in (True, False):
         torch.compiler.reset()
         blocks = build(case, torch.float32).blocks
@@ -149,8 +148,8 @@ def compiled() -> dict:
             blocks.validate(pyramid, case.tokens)
         tensors = [t.clone().requires_grad_() for t in (problem.query, problem.key, problem.value)]
         results = []
-        whole = torch.compile(run, fullgraph=True, backend="aot_eager")
-        for function in (whole, run):
+        functions: list[Any] = [torch.compile(run, fullgraph=True, backend="aot_eager"), run]
+        for function in functions:
             out, lse = function(*tensors, blocks)
             results.append([out, lse.clone(), *torch.autograd.grad(out.square().sum(), tensors)])
         same.append(all(torch.equal(a, b) for a, b in zip(*results, strict=True)))
@@ -159,7 +158,7 @@ def compiled() -> dict:
         *([getattr(problem.blocks, name) for name in ops.LIST], [], 32, 0.25, torch.float32),
     )
     torch.library.opcheck(ops.attend_op, arguments)
-    out, _ = run(*tensors, problem.blocks)
+    out, _ = run(tensors[0], tensors[1], tensors[2], problem.blocks)
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
     try:
         torch.autograd.grad(grad.sum(), tensors[0])
@@ -170,7 +169,7 @@ def compiled() -> dict:
     wrong = dataclasses.replace(problem.blocks, pool=problem.blocks.pool + 1000)
     torch.compiler.reset()
     try:
-        whole = torch.compile(run, fullgraph=True, backend="aot_eager")
+        whole: Any = torch.compile(run, fullgraph=True, backend="aot_eager")
         whole(*tensors, wrong)
         checked = False
     except ValueError:

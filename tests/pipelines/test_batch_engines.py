@@ -19,7 +19,7 @@ from ziggurat.pipelines.batch.identity import weightless
 from ziggurat.pipelines.batch.items import Item, Planner
 from ziggurat.pipelines.batch.make import Job, Outcome
 from ziggurat.pipelines.batch.manifest import Manifest, finished, read_entries
-from ziggurat.pipelines.batch.pool import RETRIES, Died, Event, Loaded, deal
+from ziggurat.pipelines.batch.pool import RETRIES, Died, Event, Loaded, Worker, deal
 from ziggurat.pipelines.batch.processes import Processes, _Seat
 from ziggurat.pipelines.batch.rows import read_rows
 from ziggurat.pipelines.request import Request
@@ -132,7 +132,6 @@ def killed_in_the_middle(engine: Any, job: Job, items: list[Item]) -> None:
     reference.mkdir()
     Manifest(reference)
     assert not any(one.error for one in Inline("cpu").run(Job(**{**vars(job), "folder": reference}), items))
-    # Larger ones behind the first, so that the kill falls into their making.
     running = engine.run(job, items)
     first = next(running)
     os.kill(int(first.worker.rpartition(":")[2]), signal.SIGKILL)
@@ -148,11 +147,10 @@ def test_a_worker_process_is_killed(work):
     killed_in_the_middle(Processes(["cpu", "cpu"]), job, items)
 
 
-def test_processes_end_with_their_parent_and_say_why_they_can_not_load(work):
+def test_workers_say_why_they_can_not_load(work):
     job, items = work
     absent = Job(**{**vars(job), "model": "absent"})
-    with pytest.raises(ValueError, match="cpu: model 'absent' is neither an embedded model"):
-        list(Processes(["cpu"]).run(absent, items))
+    assert Worker(absent, "cpu", None).load().error.startswith("cpu: model 'absent' is neither an embedded model")
     elsewhere = Job(**{**vars(job), "folder": job.folder / "elsewhere"})
     with pytest.raises(ValueError, match="out must lie on storage that all share"):
         list(Inline("cpu").run(elsewhere, items))
