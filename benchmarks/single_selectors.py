@@ -1,4 +1,4 @@
-"""Each selector alone on the embedded model: `python benchmarks/selectors.py plans`, then `... table`.
+"""Each selector alone on the embedded model: `python benchmarks/single_selectors.py plans`, then `... table`.
 
 `plans` writes assets/plans/selectors/, fitted on captured calls of the checkpoint in assets. `table` runs 32 held-out
 captions with each of them (finished videos are kept, so that it resumes) and writes docs/selectors.md and
