@@ -1,6 +1,6 @@
 """Batches killed with SIGKILL at random moments, and run again: nothing done is lost or repeated, nothing is left over.
 
-python benchmarks/batch_kills.py [--kills 20] [--seed 0] [--model shapes] [--devices cpu,cpu] [--out FILE]
+python -P benchmarks/batch_kills.py [--kills 20] [--seed 0] [--model shapes] [--devices cpu,cpu] [--out FILE]
 """
 
 import argparse

@@ -125,7 +125,8 @@ class Planner:
     def _complete(self, row: Row) -> tuple[Request, Grid | None]:
         """As `complete` does; rows that differ in words and numbers alone share the checks, which take milliseconds."""
         values: dict[str, Any] = row.model_dump(exclude={"plan"})
-        asked = Request(**values | {"seed": row.seed or 0})
+        values["seed"] = row.seed or 0
+        asked = Request(**values)
         own = ("guidance", "negative", "image", "steps")
         shape = [asked.frames, asked.height, asked.width, asked.arguments]
         place = canonical([*shape, *(getattr(asked, name) is None for name in own)])

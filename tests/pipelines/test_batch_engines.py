@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ def item(name: str) -> Item:
 class Told:
     """A seat whose worker dies of the items it is told to, each so many times."""
 
-    def __init__(self, deadly: dict[str, int], loads: list[Event] | None = None):
-        self.deadly, self.loads = deadly, deque(loads or ())
+    def __init__(self, deadly: dict[str, int], loads: Sequence[Event] = ()):
+        self.deadly, self.loads = deadly, deque(loads)
         self.given: list[str] = []
         self.event: Event | None = None
         self.alive = False
@@ -154,6 +156,29 @@ def test_workers_say_why_they_can_not_load(work):
     elsewhere = Job(**{**vars(job), "folder": job.folder / "elsewhere"})
     with pytest.raises(ValueError, match="out must lie on storage that all share"):
         list(Inline("cpu").run(elsewhere, items))
+
+
+ORPHAN = """
+import multiprocessing, time
+from ziggurat.pipelines.batch.processes import _end_with_parent
+worker = multiprocessing.get_context("fork").Process(target=_end_with_parent)
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    os.kill(pid, 0)
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from ziggurat.pipelines import attach
 from ziggurat.pipelines.fidelity import psnr
 from ziggurat.pipelines.generate import generate, stock_attention
 from ziggurat.pipelines.record import figures, record_of
@@ -208,3 +209,18 @@ def test_a_request_checks_itself():
     request = Request(prompt="a", frames=1)
     with pytest.raises(ValueError, match="width must be at least 1"):
         replace(request, width=-16)
+
+
+def test_a_handle_runs_its_plan_and_stays_attached(wan, sparse_plan):
+    plan = sparse_plan()
+    alone = generate(wan, PROMPT, plan=plan, **SMALL)
+    with attach(wan, plan) as handle:
+        for _ in range(2):
+            made = generate(wan, PROMPT, plan=handle, **SMALL)
+            assert np.array_equal(made.frames, alone.frames)
+            assert (made.plan, made.density) == (plan, alone.density)
+        assert handle.attached
+        with pytest.raises(ValueError, match="compare can't run stock attention beside a handle"):
+            generate(wan, PROMPT, plan=handle, compare=True, **SMALL)
+    with pytest.raises(ValueError, match="a handle that was detached"):
+        generate(wan, PROMPT, plan=handle, **SMALL)
