@@ -10,6 +10,7 @@ import typer
 from .console import Debug, progress_bars
 
 MORE = "May be repeated."
+WIDTH = 140
 SHAPES = ((8192, 128), (8192, 64), (4352, 32))
 HEADINGS = ("dtype", "heads", "tokens", "head_dim", "block", "density", "backend", "ms", "SDPA ms", "Flex ms")
 RATIOS = ("speed-up", "x density", "error", "MiB")
@@ -81,4 +82,6 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['max_error']:.1e}",
             f"{row['peak_bytes'] / 2**20:.0f}",
         )
-    Console().print(table)
+    # Eighty columns, which a pipe is taken to have, would cut every figure short.
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDTH).print(table)

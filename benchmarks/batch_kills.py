@@ -33,7 +33,7 @@ def work(folder: Path, model: str, devices: tuple[str, ...]) -> None:
 class Campaign:
     def __init__(self, model: str, devices: tuple[str, ...]):
         # A fork of a process that has imported everything begins at once, so that kills fall into the work.
-        self.context = multiprocessing.get_context("spawn" if devices else "forkserver")
+        self.context: Any = multiprocessing.get_context("spawn" if devices else "forkserver")
         if not devices:
             self.context.set_forkserver_preload([JOB, "diffusers.pipelines.wan.pipeline_wan"])
         self.model, self.devices = model, devices

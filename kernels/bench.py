@@ -203,7 +203,8 @@ def _peak_bytes(call: Callable[[], Any]) -> int:
         call()
     held = most = 0
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    memory: list[Any] = [event for event in events if event.name() == "[memory]"]
+    for event in sorted(memory, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most

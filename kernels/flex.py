@@ -90,6 +90,7 @@ def attend(
             scale=scale,
             return_aux=AuxRequest(lse=True),
         )
+    assert extra.lse is not None
     lse = torch.where(torch.isnan(extra.lse), -math.inf, extra.lse)
     out = torch.where(lse[..., None] > -math.inf, out, 0)
     shape, tokens = blocks.query_rows.shape[1:], query.shape[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ class Cluster(Alone):
             raise ImportError("ray is not installed: pip install 'ziggurat[batch]'") from error
         self._ray: Any = ray
         if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=None, log_to_driver=False, logging_level="error")
+            ray.init(address=address, include_dashboard=None, log_to_driver=False, logging_level=logging.ERROR)
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         on_gpus = gpus > 0 and device != "cpu"

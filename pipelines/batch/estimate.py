@@ -39,7 +39,7 @@ def estimate(items: Sequence[Item], entries: Iterable[Mapping[str, Any]], worker
     for item in items:
         asked = vars(item.request)
         pixels = _pixels(asked)
-        seconds += medians.get(item.work, pace * pixels * (asked["steps"] or 1))
+        seconds += float(medians.get(item.work) or pace * pixels * (asked["steps"] or 1))
         size += density * pixels
     return Estimate(seconds=seconds / workers, bytes=round(size), measured=len(done))
 

@@ -23,15 +23,16 @@ class StackedMuon(torch.optim.Muon):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, matrices in shapes.items():
-                grads = torch.stack([matrix.grad for matrix in matrices])
+                grads = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
                 held = [self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices]
                 momentum = torch.stack(held).lerp_(grads, 1 - group["momentum"])
-                torch._foreach_copy_(held, list(momentum.unbind()))
+                for kept, now in zip(held, momentum, strict=True):
+                    kept.copy_(now)
                 update = grads.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
                 update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(grads.dtype)
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(update.unbind()), alpha=-rate)
+                for matrix, change in zip(matrices, update, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-rate)
 
 
 def _orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

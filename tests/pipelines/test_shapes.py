@@ -215,9 +215,8 @@ def test_stacked_muon_is_muon():
     shapes = [(16, 16), (16, 16), (48, 16), (16, 48), (16, 16)]
     one = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     two = [torch.nn.Parameter(parameter.detach().clone()) for parameter in one]
-    options = {"lr": 0.02, "weight_decay": 0.1}
-    plain = torch.optim.Muon(one, adjust_lr_fn="match_rms_adamw", **options)
-    stacked = StackedMuon(two, **options)
+    plain = torch.optim.Muon(one, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    stacked = StackedMuon(two, lr=0.02, weight_decay=0.1)
     for _ in range(3):
         for a, b in zip(one, two, strict=True):
             a.grad = torch.randn(a.shape)
