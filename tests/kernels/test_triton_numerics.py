@@ -73,9 +73,9 @@ def test_a_case_is_as_exact_as_its_precision(measured, number):
     # The lse of a shift of all logits by a rounding each.
     assert found["lse error"] <= 5 * found["lse moved"] + 4 * size * found["lse norm"]
     assert found["mass shape"]
-    # Roundings of float32 sums of products; the products' inputs are exact.
-    assert found["mass error"] <= 16 * size * max(1, found["mass queries"])
-    assert found["mass total error"] <= 16 * size * max(1, found["mass queries"])
+    # Roundings of float32 logits, a share's exponent, which go to some tens, and of their sums.
+    assert found["mass error"] <= 64 * size * max(1, found["mass queries"])
+    assert found["mass total error"] <= 64 * size * max(1, found["mass queries"])
 
 
 def test_the_interpreter_sees_a_wrong_answer(measured):
