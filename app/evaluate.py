@@ -26,11 +26,14 @@ def evaluate(
 ) -> None:
     """Score the embedded model on captions it was never trained on, dense and under a plan."""
     quiet_libraries()
-    from ..pipelines.loading import load
+    from ..pipelines.loading import find_model, load
     from ..pipelines.record import surroundings
     from ..pipelines.shapes import evaluate as evaluating
     from ..pipelines.shapes.card import write_score
 
+    folder = find_model(model)
+    if card and folder is None:
+        raise ValueError(f"--card writes into the model's folder, and {model} is a Hub id: give a folder")
     pipe: Any = load(model, dtype=dtype)
     note(f"{model}: {str(pipe.transformer.dtype).removeprefix('torch.')}, {captions} captions; kept in {cache}")
     pipe.set_progress_bar_config(disable=True)
@@ -41,8 +44,8 @@ def evaluate(
         )
     for line in summary(result):
         print(line)
-    if card:
-        write_score(Path(pipe.config._name_or_path), result)
+    if card and folder is not None:
+        write_score(folder, result)
     if as_json:
         print(json.dumps({"model": model, **result, **surroundings(str(pipe._execution_device))}))
 

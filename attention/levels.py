@@ -103,11 +103,9 @@ def _rows_read(blocks: BlockList, entry: Tensor) -> Tensor:
     """bool [entries, block]: the rows that each entry reads; `entry` as `ragged` gives it."""
     rows = torch.ones(entry.numel(), blocks.block, dtype=torch.bool, device=entry.device)
     _, slot = ragged(blocks.mask_start, blocks.masked_count)
-    count, masked = (x.flatten().long().clamp(min=0) for x in (blocks.count, blocks.masked_count))
+    count = blocks.count.flatten().long().clamp(min=0)
     # Masked entries stand at the front of each tile's run.
-    where, _ = ragged(count.cumsum(0) - count, masked)
-    position = torch.arange(where.numel(), device=entry.device)
-    position = position - (masked.cumsum(0) - masked)[where] + (count.cumsum(0) - count)[where]
+    _, position = ragged(count.cumsum(0) - count, blocks.masked_count)
     rows[position] = unpack_rows(blocks.row_masks[slot], blocks.block)
     return rows
 

@@ -117,7 +117,7 @@ class ListCache:
             blocks = with_rest(selector.select(None, None, layout, None), layout, factors, entry)
             self.built += 1
             if device.type != "cpu":
-                blocks = replace(blocks, **{name: tensor.to(device) for name, tensor in _tensors(blocks).items()})
+                blocks = blocks.to(device)
         return layout.to(device), blocks
 
 

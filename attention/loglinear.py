@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.blocklist import BlockList
 from ..kernels.listops import from_pairs
 from ..kernels.pyramid import KVPyramid
+from .budget import top
 from .means import block_means, tile_means
 from .rows import Layout
 from .select import DynamicSelector, Selector
@@ -89,7 +90,8 @@ class LogLinear(DynamicSelector):
                 scores = _scores(means, pyramid, level, rows, scale)
             inside = (rows >= 0) & (rows < mixed[level].numel())
             opened = mixed[level][torch.where(inside, rows, 0)] & inside
-            taken = _best(scores.masked_fill(opened, -math.inf), self.keep) | opened
+            closed = scores.masked_fill(opened, -math.inf)
+            taken = (top(closed, self.keep) & (closed > -math.inf)) | opened
             first = pyramid.offsets[pyramid.factors.index(block**level)] // block
             read = ~opened if self.coverage == "overlap" else ~taken
             pairs.add(rows[..., ::block] // block, first, read.unflatten(2, (-1, block)))
@@ -172,12 +174,6 @@ def _scores(means: Tensor, pyramid: KVPyramid, level: int, rows: Tensor, scale: 
         ]
     ).view(rows.shape)
     return (scale * scores + weight.flatten()[index]).masked_fill(absent, -math.inf)
-
-
-def _best(scores: Tensor, keep: int) -> Tensor:
-    """bool like scores [..., C]: the `keep` best, none of -inf."""
-    best = scores.topk(min(keep, scores.shape[-1]), dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & (scores > -math.inf)
 
 
 def _listed(rows: Tensor, taken: Tensor) -> Tensor:

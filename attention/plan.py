@@ -120,6 +120,9 @@ class LayerPlan(_Part):
     def _check(self) -> LayerPlan:
         if (self.dense is None) != bool(self.groups):
             raise ValueError("a layer must have either groups or dense with a reason")
+        own = self.schedule
+        if own is not None and (own.dense_first_layers or own.dense_last_layers or own.dense_layers):
+            raise ValueError("a layer's own schedule can't say which layers are dense: say so in the plan's schedule")
         return self
 
 

@@ -40,14 +40,6 @@ HEADS = 8
 RUNS = 11
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """A list, or a tensor, on the device."""
-    if isinstance(value, BlockList):
-        fields = {name: moved(field, device) for name, field in vars(value).items() if name != "memo"}
-        return BlockList(**fields)
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 def check(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Relative errors of output and gradients on the device, against the float64 reference on the CPU."""
     problem = build(case, dtype)
@@ -57,12 +49,14 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any
         pyramid = build_pyramid(
             tensors[1],
             tensors[2],
-            moved(problem.key_rows, place),
+            problem.key_rows if problem.key_rows is None else problem.key_rows.to(place),
             block=case.block,
             factors=case.factors,
-            key_log_weight=moved(problem.key_log_weight, place),
+            key_log_weight=problem.key_log_weight
+            if problem.key_log_weight is None
+            else problem.key_log_weight.to(place),
         )
-        out, _ = attend(tensors[0], pyramid, moved(problem.blocks, place), backend=backend)
+        out, _ = attend(tensors[0], pyramid, problem.blocks.to(place), backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
     errors = [
         float((got.detach().cpu() - exact.detach()).norm() / (exact.detach().norm() + 1e-3))
@@ -110,7 +104,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, inputs: bench.Inputs, blocks
 def measure(setting: bench.Setting, device: torch.device, target: str) -> dict[str, Any]:
     """One row: seconds of ours, forward and backward, and of the others, with the share of peak and the prediction."""
     inputs = bench.build(setting)
-    blocks = moved(inputs.blocks, device)
+    blocks = inputs.blocks.to(device)
     query, key, value, grad = (t.to(device) for t in (inputs.query, inputs.key, inputs.value, inputs.grad))
     pyramid = build_pyramid(key, value, block=setting.block)
     found: dict[str, Any] = {**dataclasses.asdict(setting), "density": inputs.blocks.density(inputs.pyramid)}

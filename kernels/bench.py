@@ -118,24 +118,30 @@ def settings(
 
 
 def _check(setting: Setting, inputs: Inputs) -> float:
-    """Largest difference of a few tiles' outputs from the float64 reference."""
-    out, _ = attend(inputs.query, inputs.pyramid, inputs.blocks, backend=setting.backend)
+    """Largest difference of a few tiles' outputs, and gradients where they are timed, from the float64 reference."""
     tiles = torch.linspace(0, inputs.blocks.tiles - 1, CHECKED_TILES).long().unique()
     rows = inputs.blocks.query_rows[:, tiles]
-    fields = {name: getattr(inputs.blocks, name) for name in ("pool", "row_masks", "block")}
-    few = BlockList(
-        **{name: getattr(inputs.blocks, name)[..., tiles] for name in ("start", "count", "masked_count", "mask_start")},
-        **fields,
-        query_rows=rows,
-    )
-    wide = build_pyramid(inputs.key.double(), inputs.value.double(), block=setting.block)
-    exact, _ = attend(inputs.query.double(), wide, few, backend="reference")
+    names = ("start", "count", "masked_count", "mask_start")
+    few = replace(inputs.blocks, query_rows=rows, **{name: getattr(inputs.blocks, name)[..., tiles] for name in names})
     held = rows[rows >= 0].long()
-    error = float((out[:, :, held].double() - exact[:, :, held]).abs().max())
-    allowed = ROUNDINGS[out.dtype] * torch.finfo(out.dtype).eps * float(exact.abs().max())
-    if not error <= allowed:
-        raise RuntimeError(f"{setting.backend} is wrong by {error:.3g} where {allowed:.3g} is rounding: {setting}")
-    return error
+    # Only the checked tiles' outputs count, so that both lists have the same gradients.
+    grad = torch.zeros_like(inputs.grad)
+    grad[:, :, held] = inputs.grad[:, :, held]
+    results = []
+    for dtype, blocks, backend in ((torch.float64, few, "reference"), (None, inputs.blocks, setting.backend)):
+        tensors = [t.to(dtype or t.dtype).detach() for t in (inputs.query, inputs.key, inputs.value)]
+        for tensor in tensors:
+            tensor.requires_grad_(setting.backward)
+        out, _ = attend(tensors[0], build_pyramid(*tensors[1:], block=setting.block), blocks, backend=backend)
+        grads = torch.autograd.grad(out, tensors, grad.to(out.dtype)) if setting.backward else ()
+        results.append([out.detach()[:, :, held], *grads])
+    errors = []
+    for exact, got in zip(*results, strict=True):
+        errors.append(error := float((got.double() - exact).abs().max()))
+        allowed = ROUNDINGS[got.dtype] * torch.finfo(got.dtype).eps * float(exact.abs().max())
+        if not error <= allowed:
+            raise RuntimeError(f"{setting.backend} is wrong by {error:.3g} where {allowed:.3g} is rounding: {setting}")
+    return max(errors)
 
 
 def _ours(setting: Setting, inputs: Inputs) -> Callable[[], Any]:

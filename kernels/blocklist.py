@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,13 @@ class BlockList:
         """Memory of the list's own tensors in bytes."""
         tensors = (self.start, self.count, self.pool, self.masked_count, self.mask_start, self.row_masks)
         return sum(tensor.nbytes for tensor in (*tensors, self.query_rows))
+
+    def to(self, device: torch.device) -> BlockList:
+        """The list on a device; itself, with what backends remember on it, where it is there already."""
+        if self.start.device == device:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def rows_touched(self, pyramid: KVPyramid) -> Tensor:
         """Rows in the blocks each tile reads, masked and padding rows included: int64 [B|1, H|1, T]."""

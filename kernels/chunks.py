@@ -15,8 +15,8 @@ from .pyramid import KVPyramid
 
 # Scores of one chunk, in bytes: half of a 2 MiB second-level cache per core measured best, with its operands beside it.
 SCORE_BYTES = 1 << 20
-# Keys and values of one chunk, in bytes, and its query rows, where the fused kernel holds the scores: more blocks than
-# this come from memory afresh, fewer rows leave a core idle.
+# Keys and values of one chunk, in bytes, and its query rows, where the fused kernel holds the scores: more of
+# either come from memory afresh.
 GATHERED_BYTES = 3 << 19
 GATHERED_QUERIES = 1024
 # A tile joins a chunk only if it fills this share of the chunk's width, which bounds the padding at a few percent.
@@ -158,7 +158,7 @@ def _plan(
     head = (order // blocks.tiles)[:, None] * queries
     padding = (rows < 0).flatten()
     tokens = torch.where(rows < 0, 0, rows + head).flatten()
-    place = torch.full((count.shape[0] * queries,), -1, dtype=torch.int32)
+    place = torch.full((count.shape[0] * queries,), -1, dtype=torch.int32, device=count.device)
     held = (~padding).nonzero()[:, 0]
     place[tokens[held]] = held.to(torch.int32)
     missing = place < 0
@@ -170,7 +170,7 @@ def _plan(
         padding=padding[:, None] if bool(padding.any()) else None,
         place=place.clamp_(min=0),
         missing=missing[:, None] if bool(missing.any()) else None,
-        in_order=torch.equal(tokens, torch.arange(place.numel())),
+        in_order=torch.equal(tokens, torch.arange(place.numel(), device=tokens.device)),
     )
 
 
@@ -184,13 +184,13 @@ def _gathered(
     widest = torch.cat([width[begin : begin + 1].expand(end - begin) for begin, end in bounds])
     ends, pad = widest.cumsum(0), widest - width
     # A tile's slots: padding, then masked entries, then the rest, so that a chunk's hidden rows are at its front.
-    tile_of, entry = ragged(of_group(blocks.start).flatten()[listed], width)
+    _, entry = ragged(of_group(blocks.start).flatten()[listed], width)
     index = ((listed // blocks.tiles) * total).repeat_interleave(widest)
-    index[(ends - width)[tile_of] + _counter(tile_of, width)] += blocks.pool[entry]
+    index[ragged(ends - width, width)[1]] += blocks.pool[entry]
     index = index.to(torch.int32)
 
     mask_tile, mask_entry = ragged(of_group(blocks.mask_start).flatten()[listed], masked)
-    mask_slot = pad[mask_tile] + _counter(mask_tile, masked)
+    _, mask_slot = ragged(pad, masked)
     mask_rows = unpack_rows(blocks.row_masks[mask_entry], blocks.block)
     mask_ends = masked.cumsum(0)
 
@@ -199,18 +199,14 @@ def _gathered(
         span = int((pad + masked)[begin:end].max())
         hidden = None
         if span:
-            hidden = (torch.arange(span) < pad[begin:end, None])[..., None].repeat(1, 1, blocks.block)
+            slot = torch.arange(span, device=pad.device)
+            hidden = (slot < pad[begin:end, None])[..., None].repeat(1, 1, blocks.block)
             here = slice(int(mask_ends[begin] - masked[begin]), int(mask_ends[end - 1]))
             hidden[mask_tile[here] - begin, mask_slot[here]] = ~mask_rows[here]
             hidden = hidden.view(end - begin, span * blocks.block, 1)
         picked = index[int(ends[begin] - widest[begin]) : int(ends[end - 1])]
         chunks.append(Gathered(before + begin, before + end, int(widest[begin]), picked, hidden))
     return chunks
-
-
-def _counter(run: Tensor, count: Tensor) -> Tensor:
-    """0, 1, … within each run, for runs of `count` entries expanded to `run`."""
-    return torch.arange(run.numel()) - (count.cumsum(0) - count)[run]
 
 
 def _dense_runs(count: Tensor) -> tuple[list[Dense], Tensor]:

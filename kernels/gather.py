@@ -102,7 +102,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse in token order; `tensors` are query and the pyramid's four, detached from autograd."""
     query = tensors[0]
-    fused = compute_dtype == torch.bfloat16 and has_amx()
+    fused = compute_dtype == torch.bfloat16 and query.device.type == "cpu" and has_amx()
     with torch.no_grad():
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = out.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)

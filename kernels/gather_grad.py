@@ -32,7 +32,7 @@ def backward_group(
     grads, shift = _scaled(out, grad_out, powers, query.dtype)
     value = _with_ones(rows, walk.folded, grads.shape[1] - head_dim)
     grad_query = query.new_zeros(query.shape)
-    key_sum, value_sum = (torch.zeros(size, count, head_dim, dtype=wide) for _ in range(2))
+    key_sum, value_sum = (query.new_zeros(size, count, head_dim, dtype=wide) for _ in range(2))
     for chunk in itertools.chain(walk.dense(value), walk.gathered(value)):
         power = chunk.logits
         tiles, tall, _ = power.shape

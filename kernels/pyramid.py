@@ -65,11 +65,11 @@ def identity_key_rows(tokens: int, block: int) -> Tensor:
     return padded_range(tokens, block).view(1, -1)
 
 
-def padded_range(tokens: int, multiple: int, size: int | None = None) -> Tensor:
+def padded_range(tokens: int, multiple: int, size: int | None = None, device: torch.device | None = None) -> Tensor:
     """0, 1, … tokens - 1 as int32, then -1 up to the next multiple, or up to `size`."""
     size = multiple * math.ceil(tokens / multiple) if size is None else size
-    rows = torch.full((size,), -1, dtype=torch.int32)
-    rows[:tokens] = torch.arange(tokens, dtype=torch.int32)
+    rows = torch.full((size,), -1, dtype=torch.int32, device=device)
+    rows[:tokens] = torch.arange(tokens, dtype=torch.int32, device=device)
     return rows
 
 

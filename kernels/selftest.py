@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .attend import attend
 from .backends import NAMES, choose
-from .blocklist import BlockList
 from .cases import Case, build
 from .fused import has_bfloat16
 from .pyramid import build_pyramid
@@ -54,14 +52,10 @@ def self_test(device: torch.device) -> dict[str, Any]:
     for dtype, place, backend in ((torch.float64, "cpu", "reference"), (torch.float32, device, "auto")):
         tensors = [t.to(place, dtype).requires_grad_() for t in (problem.query, problem.key, problem.value)]
         pyramid = build_pyramid(tensors[1], tensors[2], block=problem.case.block, factors=problem.case.factors)
-        out, _ = attend(tensors[0], pyramid, _moved(problem.blocks, torch.device(place)), backend=backend)
+        out, _ = attend(tensors[0], pyramid, problem.blocks.to(torch.device(place)), backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
     errors = [float((b.detach().cpu() - a.detach()).norm() / a.detach().norm()) for a, b in zip(*results, strict=True)]
     # Products of float32 by three of tf32 are off by 1e-6, by one, where PyTorch is set to it, by 1e-3.
     limit = 1e-5 if torch.get_float32_matmul_precision() == "highest" else 1e-2
     passed = max(errors) <= limit
     return {"device": str(device), "error": max(errors), "passed": passed, "seconds": time.perf_counter() - begin}
-
-
-def _moved(blocks: BlockList, device: torch.device) -> BlockList:
-    return replace(blocks, **{name: v.to(device) for name, v in vars(blocks).items() if isinstance(v, torch.Tensor)})

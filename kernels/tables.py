@@ -103,7 +103,7 @@ def is_whole(pyramid: KVPyramid) -> bool:
 def is_identity(rows: Tensor, count: int) -> bool:
     """Does a row map leave `count` tokens in order, padding at the end?"""
     size = rows.shape[-1]
-    return rows.shape[0] == 1 and size >= count and torch.equal(rows[0], padded_range(count, 1, size).to(rows.device))
+    return rows.shape[0] == 1 and size >= count and torch.equal(rows[0], padded_range(count, 1, size, rows.device))
 
 
 def add_to_tokens(grad: Tensor, rows: Tensor, heads: range, tokens: Tensor) -> None:
@@ -129,7 +129,7 @@ def with_sum_columns(rows: Rows, folded: bool) -> Tensor:
     table = rows.value.new_zeros(size, count, head_dim + SUM_COLUMNS)
     weight = row_weight(rows, folded)
     table[..., :head_dim] = rows.value if weight is None or not folded else rows.value * weight
-    row = torch.arange(count)
+    row = torch.arange(count, device=table.device)
     column = head_dim + row % SUM_COLUMNS
     table[:, row, column] = rows.value.new_ones(()) if weight is None else weight[..., 0].to(table.dtype)
     return table

@@ -48,12 +48,11 @@ def transpose(blocks: BlockList, pyramid: KVPyramid) -> BlockTiles:
     run, entry = ragged(blocks.start, blocks.count)
     column = run // tiles * columns + blocks.pool[entry]
     mask = torch.full_like(run, -1, dtype=torch.int32)
-    masked_run, masked_entry = ragged(blocks.mask_start, blocks.masked_count)
-    if masked_run.numel():
-        # A tile's masked entries stand first in its run.
-        listed = blocks.count.flatten().long().clamp(min=0)
-        place = (listed.cumsum(0) - listed)[masked_run] + _counter(blocks.masked_count)
-        mask[place] = masked_entry.to(torch.int32)
+    _, masked_entry = ragged(blocks.mask_start, blocks.masked_count)
+    # A tile's masked entries stand first in its run.
+    listed = blocks.count.flatten().long().clamp(min=0)
+    _, place = ragged(listed.cumsum(0) - listed, blocks.masked_count)
+    mask[place] = masked_entry.to(torch.int32)
     count = torch.bincount(column, minlength=batch * heads * columns)
     order = column.argsort(stable=True)
     every = (blocks.count == ALL).flatten(0, 1)
@@ -67,8 +66,3 @@ def transpose(blocks: BlockList, pyramid: KVPyramid) -> BlockTiles:
         all_count=all_count.to(torch.int32).view(batch, heads),
         all_pool=every.nonzero()[:, 1].to(torch.int32),
     )
-
-
-def _counter(count: Tensor) -> Tensor:
-    """0, 1, … within each run of the given lengths."""
-    return ragged(torch.zeros_like(count, dtype=torch.int64), count)[1]

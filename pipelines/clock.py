@@ -76,6 +76,9 @@ class RunClock:
         self.timestep = math.inf
         self.follow()
 
+    def is_of(self, pipe: Any) -> bool:
+        return self._pipe() is pipe
+
     @property
     def num_train_timesteps(self) -> int:
         """The scheduler's count of training timesteps, 1000 where it has none to tell."""

@@ -130,8 +130,9 @@ def generate(
     settings = model_settings(pipe)
     request, grid = complete(pipe, asked, settings, compare=compare)
     if isinstance(plan, Handle):
-        if not plan.attached:
-            raise ValueError("plan is a handle that was detached: attach it again, or give the plan itself")
+        if not plan.drives(pipe):
+            what = "of another pipeline" if plan.attached else "that was detached"
+            raise ValueError(f"plan is a handle {what}: attach it to this one, or give the plan itself")
         if compare:
             raise ValueError("compare can't run stock attention beside a handle: give it the plan itself")
         chosen, path = plan.plan, None

@@ -59,6 +59,10 @@ class Handle:
     def attached(self) -> bool:
         return self._attached
 
+    def drives(self, pipe: Any) -> bool:
+        """Does the plan run on this very pipeline now?"""
+        return self._attached and self._clock.is_of(pipe)
+
     @property
     def steps(self) -> list[StepRecord]:
         """The denoising steps of the latest run, in the order they ran."""

@@ -20,7 +20,7 @@ A miniature of Wan: `WanPipeline.from_pretrained` loads it with no code of ours,
 
     {grammar}
 
-It was trained by `ziggurat train shapes` on clips rendered on the fly, {start}, in these stages:
+It was trained by `ziggurat train shapes` on clips rendered on the fly, {begun}, in these stages:
 
 {recipe}
 
@@ -31,8 +31,9 @@ It was trained by `ziggurat train shapes` on clips rendered on the fly, {start},
 def card(recipe: Sequence[str], start: Path | None) -> str:
     """The card of a newly trained model. recipe: a line for each stage; start: the checkpoint it went on from."""
     before = _recipe(start) if start is not None else []
+    begun = "from nothing" if before or start is None else f"going on from {start.name}, whose card tells no stages"
     lines = "\n".join(f"- {line}" for line in [*before, *recipe])
-    return CARD.format(recipe=lines, start="from nothing", grammar=GRAMMAR, held_out=len(held_out_scenes()))
+    return CARD.format(recipe=lines, begun=begun, grammar=GRAMMAR, held_out=len(held_out_scenes()))
 
 
 def write_score(model: Path, result: dict[str, Any]) -> None:

@@ -85,3 +85,9 @@ def test_termination_unwinds_like_ctrl_c():
 )
 def test_every_error_is_one_line(error: Exception, words: str):
     assert sentence(error) == words
+
+
+def test_a_card_needs_a_folder_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("ziggurat.pipelines.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert call("evaluate", "--card", "--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == 1
+    assert "is a Hub id: give a folder" in capsys.readouterr().err

@@ -155,6 +155,7 @@ ENTRY = "layers.1.groups.0.entries.0"
     ("layers.1.groups.0.tile", 0, "layers.1.groups.0.tile"),
     ("layers.1.groups", [], "layers.1"),
     ("layers.0.dense", None, "layers.0"),
+    ("layers.1.schedule", {"dense_first_layers": 1}, "layers.1: a layer's own schedule can't say which layers"),
 ])  # fmt: skip
 def test_refusals_name_the_field(path: str, value: object, named: str):
     message = refused(changed(path, value))
@@ -166,7 +167,7 @@ def test_refusals_name_the_field(path: str, value: object, named: str):
     b'{"version": 1, "name": "\\ud800"}', b"[" * 100_000, b'{"version": 1, "note": ' + b'{"a":' * 50_000,
 ], ids=lambda text: repr(text[:20]))  # fmt: skip
 def test_broken_files_are_refused(text: bytes):
-    refused(text)
+    assert refused(text).startswith("plan (text) ")
 
 
 def test_truncated_and_deep_files_say_so(tmp_path: Path):

@@ -2,10 +2,13 @@
 
 import functools
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ziggurat.kernels import fused, gather
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.blocklist import identity_rows
 from ziggurat.kernels.cases import Case, build
@@ -138,3 +141,47 @@ def _run(problem, key, value):
     out, lse = attend(tensors[0], problem.pyramid(*tensors[1:]), problem.blocks)
     gradients = torch.autograd.grad(out.sum() + (out.float() ** 2).sum(), tensors)
     return out.detach(), lse, *gradients
+
+
+@pytest.mark.parametrize("case", [
+    Case(lists="masked", tokens=203, factors=(1, 4)), Case(lists="some_all", layout="gaps", masked_keys=0.3),
+    Case(lists="overlapping", factors=(1, 16)), Case(lists="random", layout="shuffled"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tensor_is_made_where_its_sources_are(case, dtype, monkeypatch):
+    """Tensors made without saying where land on another device here, as they would beside a GPU's."""
+    monkeypatch.setattr(gather, "has_amx", lambda: False)
+    problem = build(case, dtype)
+    results = []
+    for elsewhere in (False, True):
+        tensors = [t.detach().clone().requires_grad_() for t in (problem.query, problem.key, problem.value)]
+        pyramid = build_pyramid(
+            tensors[1],
+            tensors[2],
+            problem.key_rows,
+            block=case.block,
+            factors=case.factors,
+            key_log_weight=problem.key_log_weight,
+        )
+        with torch.device("meta") if elsewhere else nullcontext():
+            out, lse = attend(tensors[0], pyramid, replace(problem.blocks), backend="torch")
+            results.append([out.detach(), lse, *torch.autograd.grad(out.square().sum(), tensors)])
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_slices_do_what_the_fused_kernel_does(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "SLICE_BYTES", 1 << 14)
+    query, key, value = (torch.randn(3, 1, tokens, 48).to(dtype) for tokens in (77, 101, 101))
+    bias = torch.randn(3, 1, 1, 101, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    bias[0, ..., ::3], bias[1] = -math.inf, -math.inf
+    for weights in (bias, None):
+        wide = None if weights is None else weights.double()
+        exact = fused.flash(query.double(), key.double(), value.double(), wide, 0.2)
+        got, peer = fused._by_slices(query, key, value, weights, 0.2), fused.flash(query, key, value, weights, 0.2)
+        for one, other, wanted in zip(got, peer, exact, strict=True):
+            assert torch.equal(one == -math.inf, wanted == -math.inf)
+            errors = [torch.nan_to_num(tensor.double() - wanted).abs().max() for tensor in (one, other)]
+            # In float64 the oracle has roundings of its own.
+            assert errors[0] <= errors[1] + (16 if dtype == torch.float64 else 1) * torch.finfo(one.dtype).eps

@@ -41,6 +41,18 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         bench.measure(SMALL, runs=1)
 
 
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    right = gather.backward_group
+
+    def wrong(walk, out, grad_out, *rest):
+        right(walk, out, 1.01 * grad_out, *rest)
+
+    monkeypatch.setattr(gather, "backward_group", wrong)
+    bench.measure(SMALL, runs=1)
+    with pytest.raises(RuntimeError, match="is wrong by"):
+        bench.measure(replace(SMALL, backward=True), runs=1)
+
+
 def test_memory_is_what_tensors_hold():
     def call():
         one = torch.empty(1 << 20, dtype=torch.uint8)

@@ -24,3 +24,10 @@ def test_a_new_score_replaces_the_old(tmp_path: Path):
     assert "| all attributes | 87.5% |" in text
     assert "37.5%" not in text
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_start_whose_past_is_unknown_is_said(tmp_path: Path):
+    assert "from nothing" in card(["tiny: 10 steps"], None)
+    text = card(["tiny: 10 steps"], tmp_path)
+    assert f"going on from {tmp_path.name}" in text
+    assert "from nothing" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -222,5 +223,7 @@ def test_a_handle_runs_its_plan_and_stays_attached(wan, sparse_plan):
         assert handle.attached
         with pytest.raises(ValueError, match="compare can't run stock attention beside a handle"):
             generate(wan, PROMPT, plan=handle, compare=True, **SMALL)
+        with pytest.raises(ValueError, match="a handle of another pipeline"):
+            generate(copy(wan), PROMPT, plan=handle, **SMALL)
     with pytest.raises(ValueError, match="a handle that was detached"):
         generate(wan, PROMPT, plan=handle, **SMALL)
