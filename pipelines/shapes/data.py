@@ -2,13 +2,32 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 import torch
 from torch import Tensor
 
 from .render import CIRCUMRADIUS, Track, place, render, shorten
-from .scenes import draw_scene
+from .scenes import Scene, draw_scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Rendered clips: pixels [B, 3, frames, height, width] in −1…1, float32, and what they show.
+
+    unit: pixels that a length of 1 is. corners: (top, left) of what is shown, in pixels of the whole frame.
+    """
+
+    pixels: Tensor
+    scenes: list[Scene]
+    tracks: list[tuple[Track, ...]]
+    unit: int
+    corners: list[tuple[int, int]]
+
+    @property
+    def captions(self) -> list[str]:
+        return [str(scene) for scene in self.scenes]
 
 
 def draw_clips(
@@ -21,8 +40,8 @@ def draw_clips(
     two_share: float = 0.0,
     span: int | None = None,
     crop: int | None = None,
-) -> tuple[Tensor, list[str]]:
-    """Random clips and their captions: float32 [count, 3, frames, height, width] in −1…1.
+) -> Clips:
+    """Random clips.
 
     span: frames of the clip of which these are a window, so that objects move at its pace; None = the window is all.
     crop: height and width in pixels of a random part that is returned instead, the objects in it if they fit.
@@ -36,15 +55,17 @@ def draw_clips(
             tuple(shorten(track, begin, begin + share) for track in each)
             for each, begin in zip(tracks, begins, strict=True)
         ]
-    clips, captions = render(scenes, tracks, frames, height, width), [str(scene) for scene in scenes]
-    if crop is None:
-        return clips, captions
-    unit = min(height, width)
-    parts = []
-    for clip, each in zip(clips, tracks, strict=True):
-        top, left = (_corner(random, each, axis, unit, side, crop) for axis, side in ((1, height), (0, width)))
-        parts.append(clip[..., top : top + crop, left : left + crop])
-    return torch.stack(parts), captions
+    pixels, unit = render(scenes, tracks, frames, height, width), min(height, width)
+    corners = [(0, 0)] * count
+    if crop is not None:
+        sides = ((1, height), (0, width))
+        for index, each in enumerate(tracks):
+            top, left = (_corner(random, each, axis, unit, side, crop) for axis, side in sides)
+            corners[index] = (top, left)
+        pixels = torch.stack(
+            [clip[..., top : top + crop, left : left + crop] for clip, (top, left) in zip(pixels, corners, strict=True)]
+        )
+    return Clips(pixels=pixels, scenes=scenes, tracks=tracks, unit=unit, corners=corners)
 
 
 def _corner(random: Random, tracks: Sequence[Track], axis: int, unit: int, side: int, crop: int) -> int:

@@ -102,8 +102,9 @@ def render(scenes: Sequence[Scene], tracks: Sequence[Sequence[Track]], frames: i
         radius = torch.tensor([tracks[n][i].radius for n in here]).view(-1, 1, 1, 1)
         dx, dy = x - centre[..., 0, None, None], y - centre[..., 1, None, None]
         kind = torch.tensor([SHAPES.index(thing.shape) for thing in things]).view(-1, 1, 1, 1)
-        distance = torch.where(kind == 0, _circle(dx, dy, radius), _square(dx, dy, radius))
-        distance = torch.where(kind == 2, _triangle(dx, dy, radius), distance)
+        distance = _circle(dx, dy, radius)
+        for k, shape in enumerate(SHAPES[1:], 1):
+            distance = torch.where(kind == k, distance_to(shape, dx, dy, radius), distance)
         cover = (0.5 - distance * unit).clamp(0, 1)[:, None]
         colour = torch.tensor([COLOURS[thing.colour] for thing in things]).float().view(-1, 3, 1, 1, 1)
         drawn = clip[here] * (1 - cover) + colour * cover
@@ -115,17 +116,19 @@ def render(scenes: Sequence[Scene], tracks: Sequence[Sequence[Track]], frames: i
     return clip.expand(count, 3, frames, height, width) / 127.5 - 1
 
 
-# Signed distances to the outline, negative inside.
+def distance_to(shape: str, dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
+    """Signed distance to a shape's outline, negative inside, at (dx, dy) from its centre."""
+    return {"circle": _circle, "square": _square, "triangle": _triangle}[shape](dx, dy, radius)
 
 
-def _circle(dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+def _circle(dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
     return torch.hypot(dx, dy) - radius
 
 
-def _square(dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+def _square(dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
     return torch.maximum(dx.abs(), dy.abs()) - radius * HALF_SIDE
 
 
-def _triangle(dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+def _triangle(dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
     inner = radius * CIRCUMRADIUS / 2
     return torch.maximum(dy, (dx.abs() * math.sqrt(3) - dy) / 2) - inner

@@ -45,12 +45,12 @@ DECODER = VaeStage(
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
-    FlowStage(name="wide", steps=6500, grids=((0.37, PART), (0.4, SHORT), (0.2, STILL), (0.03, FULL))),
+    FlowStage(name="wide", steps=9000, grids=((0.4, PART), (0.4, SHORT), (0.2, STILL))),
     FlowStage(
         name="full",
-        steps=1800,
-        grids=((0.25, FULL), (0.25, MEDIUM), (0.15, SHORT), (0.2, STILL), (0.15, PART)),
-        cooldown=600,
+        steps=3600,
+        grids=((0.12, FULL), (0.25, MEDIUM), (0.28, SHORT), (0.15, STILL), (0.2, PART)),
+        cooldown=1500,
     ),
 )
 

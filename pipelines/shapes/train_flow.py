@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from .data import draw_clips
+from .guide import FEATURES, describe
 from .muon import StackedMuon
 from .train_vae import Report, channels_last
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
 FUSED_ROWS = 2048
+GUIDE_SHARE = 0.5
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
 
@@ -59,21 +61,32 @@ class FlowStage:
 
 
 class Student(nn.Module):
-    """Text encoder and transformer, trained together."""
+    """Text encoder and transformer, trained together, and what the transformer's middle is asked for on the way."""
 
     def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel):
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
+        config: Any = transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        self.guide = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FEATURES))
+        self._middle = torch.empty(0)
+        blocks = transformer.blocks
+        blocks[(len(blocks) - 1) // 2].register_forward_hook(self._keep)
 
-    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The velocity that leads from data to noise, [B, C, F, H, W], for token ids and mask [B, rows]."""
+    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity that leads from data to noise, [B, C, F, H, W], for token ids and mask [B, rows], and what the
+        middle layer knows of the scene, [B, tokens, FEATURES], as `guide.describe`."""
         text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         # The pipeline zeroes what lies behind the prompt and pads with zeros to 512 rows.
         text = torch.where(mask.bool()[..., None], text, 0)
         with batched_attention(padding_log_weight(mask)):
-            return self.transformer(
+            velocity = self.transformer(
                 hidden_states=noisy, timestep=timestep, encoder_hidden_states=text, return_dict=False
             )[0]
+        return velocity, self.guide(self._middle.float())
+
+    def _keep(self, _block: nn.Module, _given: object, out: Tensor) -> None:
+        self._middle = out
 
 
 def padding_log_weight(mask: Tensor) -> Tensor:
@@ -127,25 +140,25 @@ class LatentPool:
         self.mean, self.deviation = (
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        self.clips: list[tuple[Tensor, str]] = []
+        self.clips: list[tuple[Tensor, str, Tensor]] = []
 
-    def draw(self, random: Random) -> tuple[Tensor, list[str]]:
-        """Normalised latents [batch, C, F, H, W] and their captions."""
+    def draw(self, random: Random) -> tuple[Tensor, list[str], Tensor]:
+        """Normalised latents [batch, C, F, H, W], their captions, and what their tokens should know."""
         grid = self.grid
         fresh = int(grid.fresh + random.random()) if len(self.clips) >= grid.batch else grid.batch
         new = self._render(random, fresh) if fresh else []
         batch = new + random.sample(self.clips, grid.batch - fresh)
         self.clips = (self.clips + new)[-grid.keep :]
-        return torch.stack([latent for latent, _ in batch]), [caption for _, caption in batch]
+        latents, captions, known = zip(*batch, strict=True)
+        return torch.stack(latents), list(captions), torch.stack(known)
 
-    def _render(self, random: Random, count: int) -> list[tuple[Tensor, str]]:
+    def _render(self, random: Random, count: int) -> list[tuple[Tensor, str, Tensor]]:
         grid = self.grid
         size = (grid.frames, grid.size, grid.size)
-        options: dict[str, Any] = {"two_share": grid.two_share, "span": grid.span, "crop": grid.crop}
-        pixels, captions = draw_clips(random, count, *size, **options)
+        clips = draw_clips(random, count, *size, two_share=grid.two_share, span=grid.span, crop=grid.crop)
         with torch.no_grad():
-            latents = self.vae.encode(pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
-        return list(zip((latents - self.mean) / self.deviation, captions, strict=True))
+            latents = self.vae.encode(clips.pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
+        return list(zip((latents - self.mean) / self.deviation, clips.captions, describe(clips), strict=True))
 
 
 def train_flow(
@@ -186,8 +199,8 @@ def train_flow(
                     group["lr"] = factor * learning_rate(stage, step - before, step)
             random = Random(f"flow {seed} {step}")
             pool = random.choices(pools, shares)[0]
-            loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
-            accelerator.backward(loss)
+            loss, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
+            accelerator.backward(loss + GUIDE_SHARE * guide_loss)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in (muon, adam):
                 optimizer.step()
@@ -195,7 +208,8 @@ def train_flow(
             average.step(student.parameters())
             progress.step += 1
             progress.clips += pool.grid.batch
-            figures = {f"loss {pool.grid.frames}x{pool.grid.crop or pool.grid.size}": loss.item(), "top": top_loss}
+            figures = {f"loss {pool.grid.frames}x{pool.grid.crop or pool.grid.size}": loss.item()}
+            figures |= {"guide": guide_loss.item(), "top": top_loss}
             report(stage.name, progress.step, total, figures)
             if progress.step % stage.save_every == 0 or progress.step == before + stage.steps:
                 accelerator.save_state(str(state))
@@ -232,10 +246,11 @@ def split_parameters(student: Student) -> tuple[list[nn.Parameter], list[nn.Para
 
 def flow_loss(
     student: nn.Module, pool: LatentPool, tokenizer: PreTrainedTokenizerFast, random: Random, accelerator: Accelerator
-) -> tuple[Tensor, float]:
-    """The squared error of the predicted velocity on one batch, and its value above noise level 0.94."""
+) -> tuple[Tensor, Tensor, float]:
+    """The squared errors of the predicted velocity and of what the middle knows on one batch, and the first above
+    noise level 0.94."""
     with accelerator.autocast():
-        clean, captions = pool.draw(random)
+        clean, captions, known = pool.draw(random)
     captions = ["" if random.random() < 0.1 else caption for caption in captions]
     generator = torch.Generator().manual_seed(random.getrandbits(62))
     level = draw_noise_levels(len(captions), pool.grid, generator)
@@ -243,11 +258,13 @@ def flow_loss(
     mix = level.view(-1, 1, 1, 1, 1)
     tokens = tokenizer(captions, padding="max_length", max_length=SHORT_TEXT_ROWS, return_tensors="pt")
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    clean, noise, noisy, ids, mask, timestep = (
-        x.to(accelerator.device) for x in (clean, noise, clean * (1 - mix) + noise * mix, ids, mask, level * 1000)
+    clean, known, noise, noisy, ids, mask, timestep = (
+        x.to(accelerator.device)
+        for x in (clean, known, noise, clean * (1 - mix) + noise * mix, ids, mask, level * 1000)
     )
     with accelerator.autocast():
-        velocity = student(noisy, timestep, ids, mask)
+        velocity, guess = student(noisy, timestep, ids, mask)
     each = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
     top = each.detach()[(level > 0.94).to(each.device)]
-    return each.mean(), top.mean().item() if len(top) else math.nan
+    guide_loss = (guess - known.flatten(2).mT).square().mean()
+    return each.mean(), guide_loss, top.mean().item() if len(top) else math.nan

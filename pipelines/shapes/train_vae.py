@@ -105,7 +105,7 @@ def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over a few clips, for the VAE's own configuration."""
     latents: list[Tensor] = []
     for i in range(24):
-        clips, _ = draw_clips(Random(f"statistics {seed} {i}"), 2, 17, 64, 64)
+        clips = draw_clips(Random(f"statistics {seed} {i}"), 2, 17, 64, 64).pixels
         latents.append(vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu())
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     return values.mean(1).tolist(), values.std(1).tolist()

@@ -18,11 +18,13 @@ from ziggurat.pipelines.shapes.build import (
     build_vae,
 )
 from ziggurat.pipelines.shapes.data import draw_clips, draw_patchwork, draw_windows
+from ziggurat.pipelines.shapes.guide import FEATURES, describe
 from ziggurat.pipelines.shapes.muon import StackedMuon
 from ziggurat.pipelines.shapes.render import DIRECTION, place, render
 from ziggurat.pipelines.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
+    SHAPES,
     draw_scene,
     held_out_scenes,
     parse_caption,
@@ -112,8 +114,9 @@ def test_outlines_are_smooth():
 
 def test_batches_follow_from_their_seed():
     one, two = (draw_clips(Random("step 7"), 3, 5, 32, 32, two_share=0.5) for _ in range(2))
-    assert torch.equal(one[0], two[0])
-    assert one[1] == two[1]
+    assert torch.equal(one.pixels, two.pixels)
+    assert one.captions == two.captions
+    assert torch.equal(describe(one), describe(two))
     for draw in (draw_windows, draw_patchwork):
         assert torch.equal(draw(Random(1), 2, 5, 32), draw(Random(1), 2, 5, 32))
         assert draw(Random(1), 2, 5, 32).shape == (2, 3, 5, 32, 32)
@@ -149,7 +152,7 @@ def test_short_text_weighs_as_the_pipelines_512_rows(student: Student):
     ids, mask = (torch.nn.functional.pad(tokens[name], (0, 1)) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
         stock = student.transformer(noisy, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
-        ours = student(noisy, timestep, ids, mask)
+        ours, _ = student(noisy, timestep, ids, mask)
     torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
 
 
@@ -206,8 +209,8 @@ def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student:
     assert seen == [1, 2, 3, 4, 5, 6]
     moved = [not torch.equal(old, new) for old, new in zip(before, trained.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
-    loss, _ = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
-    assert torch.isfinite(loss)
+    losses = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
+    assert all(torch.isfinite(loss) for loss in losses[:2])
 
 
 def test_stacked_muon_is_muon():
@@ -231,9 +234,42 @@ def test_stacked_muon_is_muon():
 def test_crops_hold_the_object():
     """The part cut out shows as much of the object as the whole: its pixels differ from the background's."""
     for seed in range(20):
-        whole, caption = draw_clips(Random(seed), 1, 5, 128, 128, span=33)
-        part, again = draw_clips(Random(seed), 1, 5, 128, 128, span=33, crop=80)
-        assert caption == again
-        assert part.shape == (1, 3, 5, 80, 80)
-        counts = [((clip - whole[..., :1, :1]).abs().amax(1) > 0.05).sum() for clip in (whole, part)]
+        whole = draw_clips(Random(seed), 1, 5, 128, 128, span=33)
+        part = draw_clips(Random(seed), 1, 5, 128, 128, span=33, crop=80)
+        assert whole.captions == part.captions
+        assert part.pixels.shape == (1, 3, 5, 80, 80)
+        corner = whole.pixels[..., :1, :1]
+        counts = [((clips.pixels - corner).abs().amax(1) > 0.05).sum() for clips in (whole, part)]
         assert counts[0] == counts[1] > 50
+
+
+def test_tokens_should_know_what_the_picture_shows():
+    """Where the outline's distance says inside, the pixels differ from the background, in crops and windows too."""
+    for seed in range(6):
+        clips = draw_clips(Random(seed), 2, 5, 128, 128, two_share=0.5, span=33, crop=96)
+        known = describe(clips)
+        assert known.shape == (2, FEATURES, 3, 12, 12)
+        for shown, fact, scene in zip(clips.pixels, known, clips.scenes, strict=True):
+            fine = torch.zeros(3, 24, 24)
+            for i, (a, b) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+                fine[:, a::2, b::2] = fact[i]
+            background = torch.tensor(BACKGROUNDS[scene.background]).view(3, 1, 1) / 127.5 - 1
+            # The first latent frame is the first frame; a latent's middle is the corner of its four inner pixels.
+            drawn = (shown[:, 0] - background).abs().amax(0).view(24, 4, 24, 4)[:, 1:3, :, 1:3].mean((1, 3)) > 0.05
+            sure = fine[0].abs() > 0.3
+            assert torch.equal((fine[0] < 0)[sure], drawn[sure])
+            shapes = {SHAPES[i] for i in fact[-5:-2].amax((1, 2, 3)).nonzero().flatten()}
+            assert shapes == {thing.shape for thing in scene.things}
+
+
+def test_the_guide_teaches_the_middle_and_leaves_nothing_behind(student: Student):
+    keys = student.transformer.state_dict().keys()
+    assert not any("guide" in key for key in keys)
+    noisy = torch.randn(1, 8, 1, 4, 4)
+    ids, mask = torch.ones(1, 24, dtype=torch.long), torch.ones(1, 24, dtype=torch.long)
+    _, guess = student(noisy, torch.tensor([500.0]), ids, mask)
+    assert guess.shape == (1, 4, FEATURES)
+    guess.square().mean().backward()
+    blocks: Any = student.transformer.blocks
+    assert blocks[0].ffn.net[2].weight.grad is not None
+    assert blocks[-1].ffn.net[2].weight.grad is None
