@@ -13,45 +13,16 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calls import Route, Router, route_dispatch, route_sdpa
 from .rebind import HOMES, rebind, restore
-from .ulysses import Share, gather_heads, gather_mask, gather_tokens, share_of
 
 SLOT_ATTRIBUTE = "_ziggurat_layer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One attention call: query, key, value as [B, H, N, D] views, and what else it was given."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    scale: float | None = None
-    causal: bool = False
-    dropout: float = 0.0
-    grouped: bool = False
-    unusual: str | None = None
-    """An argument that only the original understands."""
-    share: Share | None = None
-    """Under context parallelism: this call is gathered, and holds the heads that the rank was dealt."""
-
-
-class Router(Protocol):
-    def route(self, index: int, call: Call, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor:
-        """The output of layer `index`, in the caller's layout: its own, or that of `stock()`."""
-        ...
-
-    def deal(self, index: int, heads: int, share: Share) -> list[int]:
-        """The order in which the ranks of a share take the heads of layer `index`."""
-        ...
 
 
 class _Here(threading.local):
@@ -59,22 +30,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_routes: weakref.WeakValueDictionary[int, Route] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
-_next_slot = 0
-
-
-class Route:
-    """The entry that a slot number stands for; it lives as long as the router that holds it."""
-
-    def __init__(self, router: Router, index: int):
-        global _next_slot
-        self.router, self.index = router, index
-        with _lock:
-            # Never reused: a copied module may still carry the number of a transformer that is gone.
-            self.slot = torch.tensor(_next_slot)
-            _routes[_next_slot] = self
-            _next_slot += 1
 
 
 def clear_slot() -> None:
@@ -88,91 +43,6 @@ def _open_gate(module: nn.Module, _arguments: Any) -> None:
 
 def _close_gate(_module: nn.Module, _arguments: Any, _output: Any) -> None:
     _here.slot = None
-
-
-def _dispatch(
-    slot: Tensor,
-    original: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
-    def stock() -> Tensor:
-        return original(query, key, value, **options)
-
-    route = _routes.get(int(slot))
-    if route is None:
-        return stock()
-    unusual = "attention_kwargs" if options.get("attention_kwargs") else None
-    mask = options.get("attn_mask")
-    if isinstance(mask, Tensor) and mask.shape == (query.shape[0], key.shape[1]):
-        # Diffusers' own meaning of two dimensions; to SDPA they would be queries and keys.
-        mask = mask[:, None, None]
-    share = share_of(options.get("parallel_config"))
-    if share is not None and unusual is None:
-        return _dispatch_shared(route, share, original, (query, key, value), {**options, "attn_mask": mask})
-    call = Call(
-        query=query.transpose(1, 2),
-        key=key.transpose(1, 2),
-        value=value.transpose(1, 2),
-        mask=mask,
-        scale=options.get("scale"),
-        causal=options.get("is_causal", False),
-        dropout=options.get("dropout_p", 0.0),
-        grouped=options.get("enable_gqa", False),
-        unusual=unusual,
-    )
-    return route.router.route(route.index, call, stock, token_dim=1)
-
-
-def _dispatch_shared(
-    route: Route,
-    share: Share,
-    original: Callable[..., Tensor],
-    tensors: tuple[Tensor, Tensor, Tensor],
-    options: dict[str, Any],
-) -> Tensor:
-    order = route.router.deal(route.index, tensors[0].shape[2], share)
-    query, key, value = (gather_tokens(tensor, order, share) for tensor in tensors)
-    mask = gather_mask(options.get("attn_mask"), tensors[1].shape[1], share)
-
-    def stock() -> Tensor:
-        rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return original(*rows, **{**options, "attn_mask": mask, "parallel_config": None}).transpose(1, 2)
-
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        mask=mask,
-        scale=options.get("scale"),
-        causal=options.get("is_causal", False),
-        dropout=options.get("dropout_p", 0.0),
-        grouped=options.get("enable_gqa", False),
-        share=share,
-    )
-    return gather_heads(route.router.route(route.index, call, stock, token_dim=2), order, share)
-
-
-def _sdpa(slot: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    def stock() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, **options)
-
-    route = _routes.get(int(slot))
-    if route is None:
-        return stock()
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        mask=options.get("attn_mask"),
-        scale=options.get("scale"),
-        causal=options.get("is_causal", False),
-        dropout=options.get("dropout_p", 0.0),
-        grouped=options.get("enable_gqa", False),
-    )
-    return route.router.route(route.index, call, stock, token_dim=2)
 
 
 @torch.library.custom_op("ziggurat::gated_attention", mutates_args=())
@@ -206,9 +76,9 @@ def _gated_op(
         # Code compiled before a detach still comes here: its route is gone, and the name is the original again.
         original = rebound.dispatch if rebound else None
         original = original or sys.modules[home].dispatch_attention_fn
-        out = _dispatch(slot, original, query, key, value, options)
+        out = route_dispatch(slot, original, query, key, value, options)
     else:
-        out = _sdpa(slot, query, key, value, options)
+        out = route_sdpa(slot, query, key, value, options)
     return out.contiguous()
 
 
@@ -239,7 +109,7 @@ def _gated_sdpa(
     }
     if slot is None:
         return F.scaled_dot_product_attention(query, key, value, **options)
-    return _sdpa(slot, query, key, value, options)
+    return route_sdpa(slot, query, key, value, options)
 
 
 def _gate_dispatch(original: Callable[..., Tensor], home: str) -> Callable[..., Tensor]:
@@ -275,7 +145,7 @@ def _gate_dispatch(original: Callable[..., Tensor], home: str) -> Callable[..., 
         if slot is None:
             return original(query, key, value, **options)
         # What the operator can't take breaks the graph, which fullgraph reports, rather than run dense unsaid.
-        dispatch: Any = torch.compiler.disable(_dispatch) if compiling else _dispatch
+        dispatch: Any = torch.compiler.disable(route_dispatch) if compiling else route_dispatch
         return dispatch(slot, original, query, key, value, options)
 
     return dispatch_attention_fn

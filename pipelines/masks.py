@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.grid import TokenGrid
-from .hook import Call
+from .calls import Call
 
 
 def key_log_weight(mask: Tensor, tokens: int, *, query: int | None = None) -> Tensor | None:

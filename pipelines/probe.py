@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hook import Call, Gates, clear_slot
+from .calls import Call
+from .hook import Gates, clear_slot
 from .modules import attention_modules
 from .ulysses import Share
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..attention.grid import TokenGrid
 from ..attention.plan import Plan
 from ..attention.run import PlanRun
+from .calls import Call
 from .clock import RunClock, wrap_method
-from .hook import SLOT_ATTRIBUTE, Call, Gates, clear_slot
+from .hook import SLOT_ATTRIBUTE, Gates, clear_slot
 from .masks import key_log_weight, with_exact_text
 from .modules import attention_modules
 from .row import Measure, ModelRow

@@ -11,10 +11,12 @@ import accelerate
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from ziggurat.attention.plan import Plan
 from ziggurat.pipelines import attach
-from ziggurat.pipelines.hook import Call
+from ziggurat.pipelines.calls import Call
 from ziggurat.pipelines.plans import model_shape
 
 # Type checkers see nothing of what diffusers imports late.
@@ -181,8 +183,7 @@ def test_gradient_checkpointing(wan, sparse_plan):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
 def test_lora(wan, fused, latents_of, sparse_plan):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
 
     def add() -> None:
         torch.manual_seed(0)
@@ -200,10 +201,8 @@ def test_lora(wan, fused, latents_of, sparse_plan):
     assert not torch.equal(before, after)
 
 
-@pytest.mark.slow
 def test_quantised_weights(wan, latents_of, sparse_plan):
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(wan.transformer, torchao.Int8WeightOnlyConfig())
+    quantize_(wan.transformer, Int8WeightOnlyConfig())
     stock = latents_of(wan)
     with attach(wan, sparse_plan()) as handle:
         assert not torch.equal(latents_of(wan), stock)

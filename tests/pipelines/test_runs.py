@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from ziggurat.attention.run import PlanRun
 from ziggurat.attention.schedule import Schedule
 from ziggurat.pipelines import attach
-from ziggurat.pipelines.hook import Call
+from ziggurat.pipelines.calls import Call
 from ziggurat.pipelines.masks import key_log_weight
 
 LAYERS, HEADS = 2, 2
