@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ziggurat.kernels import bench, gpu_model, gpu_targets
+from ziggurat.kernels import bench, flex, gpu_model, gpu_targets
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.backends import load_triton
 from ziggurat.kernels.binaries import table
-from ziggurat.kernels.blocklist import BlockList
 from ziggurat.kernels.case_pairs import pairwise_cases
 from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.gpu_devices import DEVICES
@@ -82,25 +80,6 @@ def clock(function: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, inputs: bench.Inputs, blocks: BlockList) -> Callable[[], Any]:
-    """FlexAttention, compiled, on the same list."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    from ziggurat.kernels.flex import prepare
-
-    pyramid = build_pyramid(key, value, block=blocks.block)
-    problem = prepare(query, pyramid, blocks, scale=query.shape[-1] ** -0.5, dtype=query.dtype)
-    compiled = torch.compile(flex_attention)
-    return lambda: compiled(
-        problem.query,
-        problem.key,
-        problem.value,
-        score_mod=problem.score_mod,
-        block_mask=problem.block_mask,
-        scale=problem.scale,
-    )
-
-
 def measure(setting: bench.Setting, device: torch.device, target: str) -> dict[str, Any]:
     """One row: seconds of ours, forward and backward, and of the others, with the share of peak and the prediction."""
     inputs = bench.build(setting)
@@ -112,7 +91,7 @@ def measure(setting: bench.Setting, device: torch.device, target: str) -> dict[s
         found["forward"] = clock(lambda: attend(query, pyramid, blocks, backend="triton"))
         found["sdpa"] = clock(lambda: scaled_dot_product_attention(query, key, value))
         if setting.density < 1:
-            found["flex"] = clock(flex(query, key, value, inputs, blocks))
+            found["flex"] = clock(flex.compiled(query, pyramid, blocks))
         if importlib.util.find_spec("xformers"):
             from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 

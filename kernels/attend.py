@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends
 from .blocklist import BlockList
+from .checks import check_query
 from .pyramid import KVPyramid
 
 
@@ -45,20 +46,8 @@ def attend(
 
 def check(query: Tensor, pyramid: KVPyramid, blocks: BlockList, compute_dtype: torch.dtype | None = None) -> None:
     """Raise ValueError, naming the argument, unless the shapes and dtypes of query, pyramid and list fit each other."""
-    key = pyramid.key
-    if query.ndim != 4:
-        raise ValueError(f"query must be [batch, heads, tokens, head_dim], got {query.ndim} dimensions: reshape it")
-    batch, heads, _, head_dim = query.shape
-    if (batch, heads, head_dim) != (key.shape[0], key.shape[1], key.shape[3]):
-        raise ValueError(
-            f"query must agree with the pyramid's batch, heads and head_dim "
-            f"{(key.shape[0], key.shape[1], key.shape[3])}, got {(batch, heads, head_dim)}: expand one of them"
-        )
-    if query.dtype != key.dtype or query.device != key.device:
-        raise ValueError(
-            f"query must have the pyramid's dtype and device ({key.dtype} on {key.device}), "
-            f"got {query.dtype} on {query.device}: convert one of them"
-        )
+    check_query(query, pyramid)
+    batch, heads = query.shape[:2]
     if compute_dtype is not None and not compute_dtype.is_floating_point:
         raise ValueError(f"compute_dtype must be a floating dtype, got {compute_dtype}: for example torch.bfloat16")
     if pyramid.block != blocks.block:

@@ -16,7 +16,7 @@ def choose(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` takes for tensors on a device, and why, in one sentence."""
     if device.type != "cuda":
         return "torch", f"on {device.type} the torch backend is the fast one"
-    if not _has_triton():
+    if not has_triton():
         return "torch", "this is a GPU, but the package triton is missing: pip install 'ziggurat[gpu]'"
     return "triton", "this is a GPU and triton is installed"
 
@@ -46,13 +46,14 @@ def attend_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def load_triton() -> ModuleType:
     """The Triton backend. Raises ImportError, saying what to install, if the package triton is missing."""
-    if not _has_triton():
+    if not has_triton():
         raise ImportError("backend 'triton' needs the package triton, which is missing: pip install 'ziggurat[gpu]'")
     from .triton_backend import ops
 
     return ops
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
     # torch.compile can't look for packages; what it then imports would say that it is missing.
     return torch.compiler.is_compiling() or importlib.util.find_spec("triton") is not None

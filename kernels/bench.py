@@ -173,18 +173,13 @@ def _sdpa(setting: Setting, inputs: Inputs) -> Callable[[], Any]:
 def _flex(setting: Setting, inputs: Inputs) -> Callable[[], Any]:
     if setting.backward:
         raise ValueError("flex has no backward on a CPU: leave out --backward or --flex")
-    from torch.nn.attention.flex_attention import flex_attention
+    from . import flex
 
-    from .flex import prepare
-
-    dtype, scale = inputs.query.dtype, setting.head_dim**-0.5
-    problem = prepare(inputs.query, inputs.pyramid, inputs.blocks, scale=scale, dtype=dtype)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    call = flex.compiled(inputs.query, inputs.pyramid, inputs.blocks)
 
     def forward() -> None:
         with torch.no_grad():
-            # Neither log-weights nor row masks here, so that it is not charged for them.
-            compiled(problem.query, problem.key, problem.value, block_mask=problem.block_mask, scale=scale)
+            call()
 
     return forward
 

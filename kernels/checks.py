@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .blocklist import BlockList
+    from .pyramid import KVPyramid
 
 
 def check_list(blocks: BlockList, limit: int, queries: int) -> None:
@@ -93,3 +94,21 @@ def _place(blocks: BlockList, tile: Tensor) -> str:
     _, heads, tiles = blocks.start.shape
     flat = int(tile)
     return f"batch {flat // (heads * tiles)}, head {flat // tiles % heads}, tile {flat % tiles}"
+
+
+def check_query(query: Tensor, pyramid: KVPyramid) -> None:
+    """Raise ValueError unless a query's shape, dtype and device fit the pyramid's."""
+    key = pyramid.key
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, heads, tokens, head_dim], got {query.ndim} dimensions: reshape it")
+    batch, heads, _, head_dim = query.shape
+    if (batch, heads, head_dim) != (key.shape[0], key.shape[1], key.shape[3]):
+        raise ValueError(
+            f"query must agree with the pyramid's batch, heads and head_dim "
+            f"{(key.shape[0], key.shape[1], key.shape[3])}, got {(batch, heads, head_dim)}: expand one of them"
+        )
+    if query.dtype != key.dtype or query.device != key.device:
+        raise ValueError(
+            f"query must have the pyramid's dtype and device ({key.dtype} on {key.device}), "
+            f"got {query.dtype} on {query.device}: convert one of them"
+        )

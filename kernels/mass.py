@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, load_triton
+from .checks import check_query
 from .pyramid import KVPyramid, gather_rows
 from .tables import Rows, groups, lay_rows, of_group
 
@@ -50,12 +51,7 @@ def block_mass(
 
 
 def _check(query: Tensor, pyramid: KVPyramid, lse: Tensor, query_rows: Tensor) -> None:
-    key = pyramid.key
-    if query.ndim != 4 or (*query.shape[:2], query.shape[3]) != (*key.shape[:2], key.shape[3]):
-        raise ValueError(
-            f"query must be [batch, heads, tokens, head_dim] with the pyramid's {tuple(key.shape)} but for tokens, "
-            f"got {tuple(query.shape)}: expand one of them"
-        )
+    check_query(query, pyramid)
     if lse.shape != query.shape[:3]:
         raise ValueError(
             f"lse must have the query's [batch, heads, tokens] {tuple(query.shape[:3])}, got {tuple(lse.shape)}"
@@ -63,11 +59,6 @@ def _check(query: Tensor, pyramid: KVPyramid, lse: Tensor, query_rows: Tensor) -
     if query_rows.ndim != 3 or query_rows.shape[0] not in (1, query.shape[1]):
         raise ValueError(
             f"query_rows must be [1 or {query.shape[1]}, tiles, tile], got {tuple(query_rows.shape)}: pad tiles with -1"
-        )
-    if query.dtype != key.dtype or query.device != key.device:
-        raise ValueError(
-            f"query must have the pyramid's dtype and device ({key.dtype} on {key.device}), "
-            f"got {query.dtype} on {query.device}: convert one of them"
         )
 
 

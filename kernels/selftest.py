@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from typing import Any
 
 import torch
 
 from .attend import attend
-from .backends import NAMES, choose
+from .backends import NAMES, choose, has_triton
 from .cases import Case, build
 from .fused import has_bfloat16
 from .pyramid import build_pyramid
@@ -34,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 def backends() -> dict[str, str]:
     """Each backend, and what it lacks here; "" if nothing."""
     lacking: dict[str, str] = dict.fromkeys(NAMES, "")
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         lacking["triton"] = "the package triton is not installed: pip install 'ziggurat[gpu]'"
     elif not torch.cuda.is_available():
         lacking["triton"] = "there is no GPU"
