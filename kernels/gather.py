@@ -70,7 +70,7 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         pyramid, blocks, scale, compute_dtype = ctx.rest
         results = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-        for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype, False):
+        for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype, False, backward=True):
             packed = [plan.pack(of_group(tensor, group), compute_dtype) for tensor in (tensors[0], out, grads[0])]
             powers = plan.pack(of_group(lse, group)[..., None], lse.dtype) / math.log(2)
             # Weights fold only where rows of weight 0, whose logits are 0, stay finite beside sums this far from 1.
@@ -83,7 +83,13 @@ class _Attend(torch.autograd.Function):
 
 
 def _by_group(
-    tensors: tuple[Tensor, ...], pyramid: KVPyramid, blocks: BlockList, dtype: torch.dtype, fused: bool
+    tensors: tuple[Tensor, ...],
+    pyramid: KVPyramid,
+    blocks: BlockList,
+    dtype: torch.dtype,
+    fused: bool,
+    *,
+    backward: bool = False,
 ) -> Iterator[tuple[Group, Rows, ChunkPlan]]:
     """Batch entries and heads that are computed together, their rows and the order of their tiles."""
     query, *sources = tensors
@@ -92,7 +98,10 @@ def _by_group(
         budget = Budget.for_rows(blocks.tile, blocks.block, head_dim, dtype.itemsize)
     else:
         budget = Budget.for_scores(blocks.tile, blocks.block, dtype.itemsize)
-    for group in groups(batch, heads, max(1, 2 * pyramid.rows * head_dim * dtype.itemsize)):
+    # Keys and values; a backward also holds values with their weights, both sums in float32, and what is packed.
+    row_bytes, query_bytes = (4 * dtype.itemsize + 8, 5 * dtype.itemsize + 8) if backward else (2 * dtype.itemsize, 0)
+    head_bytes = head_dim * (pyramid.rows * row_bytes + tokens * query_bytes)
+    for group in groups(batch, heads, max(1, head_bytes)):
         plan = plan_chunks(blocks, group, (batch, heads), tokens, pyramid, budget)
         yield group, lay_rows(pyramid, tuple(sources), group, dtype), plan
 
