@@ -15,10 +15,11 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup video test lint format clean
+.PHONY: help setup video app test lint format clean
 
 help:
 	@echo "make video   a video from a sentence: PROMPT='...' OUT=video.mp4 ARGS='--seed 1'"
+	@echo "make app     the app in a browser, at http://127.0.0.1:7860: ARGS='--port 8000'"
 	@echo "make test    the tests: ARGS='tests/kernels -x'"
 	@echo "make lint    style and types; make format mends the style"
 	@echo "make setup   only the set-up that the others share: PYTHON=python3.12"
@@ -27,6 +28,9 @@ help:
 video: $(STAMP)
 	@mkdir -p "$$(dirname "$$OUT")"
 	@$(BIN)/ziggurat generate "$$PROMPT" --out "$$OUT" $(ARGS)
+
+app: $(STAMP)
+	@$(BIN)/ziggurat app $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/pytest $(ARGS)

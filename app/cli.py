@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from .app_verb import app as app_verb
 from .batch import batch
 from .bench import app as bench
 from .console import Debug, told
@@ -20,6 +21,7 @@ app = typer.Typer(
     name="ziggurat", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.command()(generate)
+app.command("app")(app_verb)
 app.command()(batch)
 app.command()(evaluate)
 app.command()(models)

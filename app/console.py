@@ -52,6 +52,12 @@ def sentence(error: BaseException) -> str:
     return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
 
 
+def show_traceback() -> None:
+    """The traceback of the error in hand, with --debug alone."""
+    if _debug:
+        traceback.print_exc()
+
+
 def _terminated(_number: int, _frame: Any) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
@@ -73,8 +79,7 @@ def told() -> Iterator[None]:
         note("stopped; no file was left half written, run the same command to begin again")
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        if _debug:
-            traceback.print_exc()
+        show_traceback()
         note(f"error: {sentence(error)}")
         raise SystemExit(1) from None
     finally:

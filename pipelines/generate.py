@@ -19,7 +19,7 @@ from .models import MODELS
 from .plans import TRANSFORMERS, Grid, find_plan, model_shape, transformers_of
 from .request import Request, call_arguments, complete, warn_of_unknown_words
 from .settings import model_settings
-from .watch import Watch
+from .watch import Steering, Watch
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,6 +33,7 @@ class Generation:
     no plan ran. attention_share: of `seconds`, spent in visual self-attention; None without a plan.
     plan: the one that ran, None for stock attention, and its path where it came from a file.
     dense_...: the same seed with stock diffusers and SDPA in the same dtype; psnr (dB, 100 if equal), ssim: against it.
+    ended_at: the step after which the denoising was ended early; None for a whole run.
     """
 
     frames: np.ndarray
@@ -54,6 +55,7 @@ class Generation:
     dense_seconds: float | None = None
     psnr: float | None = None
     ssim: float | None = None
+    ended_at: int | None = None
 
     @property
     def plan_name(self) -> str:
@@ -89,6 +91,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: Progress = _silent,
+    steering: Steering | None = None,
     warn: Callable[[str], None] = _warn,
 ) -> Generation:
     """Make a video (or an image: one frame) from a sentence.
@@ -103,6 +106,8 @@ def generate(
         image, arguments: for pipelines that take an image, and for anything else their call takes, by name.
         compare: also run stock diffusers with the same seed.
         progress: called with "denoise" or "dense", steps done, steps in all.
+        steering: sees the run between steps, and may end it, with or without keeping what there is; of a comparison
+            whose dense run was ended early there is nothing to compare.
 
     Raises ValueError, before any work, for what the pipeline can't take: sizes, memory, a prompt without words or with
     over 512 tokens, unknown arguments, a plan for another model; and during it for NaN, naming layer and step.
@@ -151,18 +156,31 @@ def generate(
     else:
         attached = nullcontext() if chosen is None else attach(pipe, chosen, grid=grid, timing=timing)
     with attached as handle:
-        watch = Watch(pipe, report=lambda done, total: progress("denoise", done, total), layers=handle is None)
+        watch = Watch(
+            pipe,
+            report=lambda done, total: progress("denoise", done, total),
+            layers=handle is None,
+            steering=steering,
+        )
         video, seconds = _run(pipe, request, watch)
     share = handle.attention_seconds / seconds if handle is not None and handle.attention_seconds else None
     figures: dict[str, Any] = {}
-    if compare:
+    if compare and not watch.ended:
         from .fidelity import psnr, ssim
 
-        stock = Watch(pipe, report=lambda done, total: progress("dense", done, total), layers=False)
+        stock = Watch(
+            pipe,
+            report=lambda done, total: progress("dense", done, total),
+            layers=False,
+            stage="dense",
+            steering=steering,
+        )
+        progress("dense", 0, request.steps or 1)
         with stock_attention(pipe):
             dense, dense_seconds = _run(pipe, request, stock)
-        figures = {"dense_frames": dense, "dense_seconds": dense_seconds}
-        figures |= {"psnr": psnr(dense, video), "ssim": ssim(dense, video)}
+        if not stock.ended:
+            figures = {"dense_frames": dense, "dense_seconds": dense_seconds}
+            figures |= {"psnr": psnr(dense, video), "ssim": ssim(dense, video)}
     return Generation(
         frames=video,
         request=request,
@@ -179,6 +197,7 @@ def generate(
         schedule="" if handle is None else handle.schedule(),
         plan=chosen,
         plan_path=path,
+        ended_at=watch.step if watch.ended else None,
         **figures,
     )
 
@@ -248,7 +267,7 @@ def _run(pipe: Any, request: Request, watch: Watch) -> tuple[np.ndarray, float]:
             # On the CPU, whatever the device: then a seed gives the same noise everywhere.
             generator = torch.Generator("cpu").manual_seed(request.seed)
             output = pipe(**arguments, generator=generator, output_type="np")
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - watch.aside
     finally:
         pipe.set_progress_bar_config(**shown)
     found = output.frames[0] if hasattr(output, "frames") else output.images[:1]

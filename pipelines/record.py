@@ -29,6 +29,7 @@ def figures(made: Generation) -> dict[str, Any]:
         "dense_seconds": made.dense_seconds,
         "psnr": made.psnr,
         "ssim": made.ssim,
+        "ended_at": made.ended_at,
     }
     return {name: _rounded(value) for name, value in found.items() if value is not None}
 

@@ -67,6 +67,11 @@ def _first_int(owner: Any, names: tuple[str, ...]) -> int:
     return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), 1)
 
 
+def spatial_scale(pipe: Any) -> int:
+    """Pixels per latent, along height and width."""
+    return _first_int(pipe, _SPATIAL)
+
+
 def transformer_config(pipe: Any) -> Mapping[str, Any]:
     """The configuration of the pipeline's (first) transformer, empty without one."""
     found = (getattr(getattr(pipe, name, None), "config", None) for name in TRANSFORMERS)
@@ -76,7 +81,7 @@ def transformer_config(pipe: Any) -> Mapping[str, Any]:
 def size_rule(pipe: Any) -> SizeRule:
     """The sizes that a pipeline takes, from its VAE's scale factors, its patch size, and its own check of inputs."""
     config = transformer_config(pipe)
-    temporal, spatial = _first_int(pipe, _TEMPORAL), _first_int(pipe, _SPATIAL)
+    temporal, spatial = _first_int(pipe, _TEMPORAL), spatial_scale(pipe)
     patch = config.get("patch_size") or 1
     patch = (patch,) * 2 if isinstance(patch, int) else tuple(patch)
     if len(patch) == 2:
@@ -148,11 +153,13 @@ def memory_free(device: Any) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(pipe: Any, rule: SizeRule, frames: int, height: int, width: int, *, compare: bool = False) -> None:
-    """Raise ValueError where a run would not fit, saying how much would."""
+def check_memory(
+    pipe: Any, rule: SizeRule, frames: int, height: int, width: int, *, compare: bool = False, device: Any = None
+) -> None:
+    """Raise ValueError where a run would not fit, saying how much would; `device` None is the pipeline's own."""
     import torch
 
-    device = getattr(pipe, "_execution_device", "cpu")
+    device = device or getattr(pipe, "_execution_device", "cpu")
     # Without weights it runs elsewhere, and there it is asked again.
     if torch.device(device).type == "meta":
         return

@@ -65,7 +65,7 @@ def test_under_a_plan_beside_dense(wan, sparse_plan):
     seen = []
     plan = sparse_plan(rest="pooled", name="small")
     made = generate(wan, PROMPT, plan=plan, compare=True, progress=lambda *told: seen.append(told), **SMALL)
-    assert seen == [("denoise", 1, 2), ("denoise", 2, 2), ("dense", 1, 2), ("dense", 2, 2)]
+    assert seen == [("denoise", 1, 2), ("denoise", 2, 2), ("dense", 0, 2), ("dense", 1, 2), ("dense", 2, 2)]
     assert 0 < made.density < 1
     assert made.list_density == pytest.approx(made.density)
     assert 0 < (made.attention_share or 0) < 1
