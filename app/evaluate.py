@@ -16,7 +16,7 @@ def evaluate(
     plan: Annotated[str | None, typer.Option(help="auto, or a plan file.", show_default="dense alone")] = None,
     captions: Annotated[int, typer.Option(min=1, help="How many held-out captions.")] = 400,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's own")] = None,
     floors: Annotated[int, typer.Option(min=0, help="Captions whose floors of PSNR and SSIM are measured.")] = 8,
     card: Annotated[bool, typer.Option("--card", help="Write the score into the model's README.md.")] = False,
     cache: Annotated[Path, typer.Option(help="Finished videos; the same folder resumes.")] = Path("runs/evaluate"),

@@ -34,6 +34,7 @@ class Generation:
     plan: the one that ran, None for stock attention, and its path where it came from a file.
     dense_...: the same seed with stock diffusers and SDPA in the same dtype; psnr (dB, 100 if equal), ssim: against it.
     ended_at: the step after which the denoising was ended early; None for a whole run.
+    summary: what became of every layer under the plan (`Handle.summary`); "" without one.
     """
 
     frames: np.ndarray
@@ -56,6 +57,7 @@ class Generation:
     psnr: float | None = None
     ssim: float | None = None
     ended_at: int | None = None
+    summary: str = ""
 
     @property
     def plan_name(self) -> str:
@@ -198,6 +200,7 @@ def generate(
         plan=chosen,
         plan_path=path,
         ended_at=watch.step if watch.ended else None,
+        summary="" if handle is None else handle.summary(),
         **figures,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from ...pipelines.media import whole
 from ...pipelines.request import Request
 from .estimates import Estimates
 from .jobs import Job, Store
+from .maps import make_maps
 from .models import Model, Shelf
 from .queue import Queue
 from .texts import SETTINGS, estimate_line, file_url
-from .worker import Kind, Worker
+from .worker import Worker, make_video
 
 INPUT = "input.png"
 PRESETS = ("Quick look", "The model's own", "Fine")
@@ -47,7 +48,6 @@ class Studio:
         models: Sequence[str],
         devices: Sequence[str],
         *,
-        kinds: Mapping[str, Kind] | None = None,
         dtype: str = "auto",
         offload: str | None = None,
         most: int = 16,
@@ -62,7 +62,7 @@ class Studio:
                 shelf=self.shelf,
                 store=self.store,
                 estimates=self.estimates,
-                kinds=kinds or {},
+                kinds={"video": make_video, "maps": make_maps},
                 dtype=dtype,
                 offload=offload,
             )
@@ -121,6 +121,16 @@ class Studio:
         ask = {"model": form.model, "plan": form.plan, "compare": form.compare, **request.settings()}
         memory = model.memory(request, compare=form.compare, device=self.devices[0])
         return estimate_line(self.estimates.seconds(ask), memory)
+
+    def submit_maps(self, run: Job, layer: int, image: str | None) -> Job:
+        """Have a layer's attention maps of a finished video drawn."""
+        ask = {**run.ask, "run": run.id, "layer": layer}
+
+        def keep_image(job: Job) -> None:
+            if image:
+                _copy_image(image, self.store.home(job) / INPUT)
+
+        return self.queue.add("maps", ask, keep_image)
 
     def again(self, job: Job) -> Job:
         """The same video once more."""

@@ -43,8 +43,8 @@ def file_url(store: Store, job: Job, name: str, version: object = "") -> str:
 def title(job: Job, longest: int = 90) -> str:
     """A job in a line."""
     text = " ".join(str(job.ask.get("prompt") or job.kind).split())
-    if job.kind != "video":
-        text = f"{job.kind}: {text}"
+    if job.kind == "maps":
+        text = f"attention maps of layer {job.ask['layer']}: {text}"
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -29,7 +29,7 @@ Kind = Callable[["Worker", Job], None]
 
 
 class Worker:
-    """One device. `kinds` says how each kind of job is done; "video" is built in."""
+    """One device. `kinds` says how each kind of job is done."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Worker:
         offload: str | None = None,
     ):
         self.device, self.shelf, self.store, self.estimates = device, shelf, store, estimates
-        self.kinds = {"video": make_video, **kinds}
+        self.kinds = dict(kinds)
         self.dtype, self.offload = dtype, offload
         self.queue: Queue
         self._loaded: tuple[str, Any] | None = None
@@ -188,6 +188,7 @@ def make_video(worker: Worker, job: Job) -> None:
         "device": made.device,
         "schedule": made.schedule,
         "ended_at": made.ended_at,
+        "summary": made.summary,
         "figures": figures(made),
         "paces": _paces(pacer, job, made),
     }

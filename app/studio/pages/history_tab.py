@@ -37,7 +37,7 @@ class HistoryTab:
                     self.again = gr.Button("Run again", size="sm")
                     self.delete = gr.Button("Delete", size="sm", variant="stop")
 
-    def wire(self, tabs: gr.Tabs, signs: gr.State, watched: list[Any]) -> None:
+    def wire(self, tabs: gr.Tabs) -> None:
         """Connect the buttons; `tabs` are turned to the first page where a job goes there."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         details = [self.title, self.player, self.state, self.figures, self.beside, self.gallery]
@@ -104,7 +104,8 @@ class HistoryTab:
 
     def look(self, chosen: str | None) -> str:
         """The gallery as it is now."""
-        return texts.gallery(self.studio.store, self.studio.queue.all()[:MOST], chosen)
+        jobs = [job for job in self.studio.queue.all() if job.kind != "maps"]
+        return texts.gallery(self.studio.store, jobs[:MOST], chosen)
 
 
 def _plain(text: str) -> str:

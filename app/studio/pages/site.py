@@ -12,6 +12,7 @@ from .generate_tab import GenerateTab
 from .guard import Guard
 from .history_tab import HistoryTab
 from .look import CSS, theme
+from .plan_tab import PlanTab
 
 POLL_SECONDS = 1.0
 
@@ -30,16 +31,24 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs(selected="generate") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(studio)
+            with gr.Tab("Plan", id="plan"):
+                plans = PlanTab(studio)
             with gr.Tab("History", id="history"):
                 history = HistoryTab(studio, generate)
         watched = [*generate.watched, history.gallery]
-        history.wire(tabs, signs, watched)
+        history.wire(tabs)
 
         def look(shown: str | None, chosen: str | None, seen: dict[int, Any]) -> list[Any]:
             found = [*generate.look(shown), history.look(chosen)]
             # What did not change is not sent: a page that is drawn anew loses the keyboard's place.
             fresh = [value if seen.get(i) != value else gr.skip() for i, value in enumerate(found)]
             return [*fresh, dict(enumerate(found))]
+
+        def look_at_maps(model: str, plan: str, chosen: list[int] | None, seen: Any) -> list[Any]:
+            now = plans.signature(model, plan, chosen)
+            if not chosen or now == seen:
+                return [*[gr.skip()] * len(plans.watched), now]
+            return [*plans.look_at_head(model, plan, chosen)[1:], now]
 
         def first() -> list[Any]:
             jobs = studio.queue.all()
@@ -55,9 +64,22 @@ def build(studio: Studio) -> gr.Blocks:
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
         page.load(first, None, [generate.shown, generate.estimate, *generate.fields, *watched, signs], **quiet)
-        gr.Timer(POLL_SECONDS).tick(
-            look, [generate.shown, history.chosen, signs], [*watched, signs], trigger_mode="once", **quiet
+        page.load(
+            lambda: plans.look(next(iter(studio.shelf.models)), "auto", None),
+            None,
+            [plans.heat, plans.about, plans.summary, plans.head, *plans.watched],
+            **quiet,
         )
+        maps_seen = gr.State(None)
+        clock = gr.Timer(POLL_SECONDS)
+        clock.tick(
+            look_at_maps,
+            [plans.model, plans.plan, plans.chosen, maps_seen],
+            [*plans.watched, maps_seen],
+            trigger_mode="once",
+            **quiet,
+        )
+        clock.tick(look, [generate.shown, history.chosen, signs], [*watched, signs], trigger_mode="once", **quiet)
         add_api(studio)
     return page
 
