@@ -66,9 +66,12 @@ class Request:
         return {**values, "image": image, "arguments": dict(self.arguments)}
 
 
-def complete(pipe: Any, asked: Request, settings: ModelSettings, *, compare: bool) -> tuple[Request, Grid | None]:
+def complete(
+    pipe: Any, asked: Request, settings: ModelSettings, *, compare: bool, device: Any = None
+) -> tuple[Request, Grid | None]:
     """The request with every default filled in, and its grid in latent patches where the sizes are known.
 
+    device: whose memory it has to fit, for a pipeline without weights that is to run there; None is the pipeline's own.
     Raises ValueError for what this pipeline can't take.
     """
     parameters = inspect.signature(pipe.__call__).parameters
@@ -87,7 +90,7 @@ def complete(pipe: Any, asked: Request, settings: ModelSettings, *, compare: boo
     values["seed"] = secrets.randbelow(2**31) if asked.seed is None else asked.seed
     request = Request(prompt=asked.prompt, image=asked.image, arguments=dict(asked.arguments), **values)
     check_lengths(pipe, request)
-    return request, _check_size(size_rule(pipe), pipe, request, compare)
+    return request, _check_size(size_rule(pipe), pipe, request, compare, device)
 
 
 def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
@@ -100,12 +103,12 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     return {"prompt": request.prompt, **arguments, **request.arguments}
 
 
-def _check_size(rule: SizeRule, pipe: Any, request: Request, compare: bool) -> Grid | None:
+def _check_size(rule: SizeRule, pipe: Any, request: Request, compare: bool, device: Any) -> Grid | None:
     frames = request.frames or 1
     if request.height is None or request.width is None:
         rule.check(request.frames, request.height, request.width)
         return None
-    check_memory(pipe, rule, frames, request.height, request.width, compare=compare)
+    check_memory(pipe, rule, frames, request.height, request.width, compare=compare, device=device)
     rule.check(request.frames, request.height, request.width)
     return rule.grid(frames, request.height, request.width)
 

@@ -17,7 +17,7 @@ from ...pipelines.media import whole
 from ...pipelines.plans import model_shape, shipped_plans, transformers_of
 from ...pipelines.request import Request, complete
 from ...pipelines.settings import ModelSettings, model_settings
-from ...pipelines.sizes import SizeRule, check_memory, memory_free, memory_needed, size_rule
+from ...pipelines.sizes import SizeRule, memory_free, memory_needed, size_rule
 from .jobs import Store
 
 MOST_PLAN_BYTES = 64 << 20
@@ -57,11 +57,7 @@ class Model:
         """
         if asked.image is None and self.needs_image:
             raise ValueError(f"{self.name} starts from an image: give one")
-        request, _ = complete(self.pipe, asked, self.settings, compare=compare)
-        if request.height and request.width:
-            sizes = (request.frames or 1, request.height, request.width)
-            check_memory(self.pipe, self.rule, *sizes, compare=compare, device=device)
-        return request
+        return complete(self.pipe, asked, self.settings, compare=compare, device=device)[0]
 
     def memory(self, request: Request, *, compare: bool, device: str) -> tuple[int, int] | None:
         """Bytes that a run needs beside the weights, and that are free; None where the sizes are not known."""

@@ -44,13 +44,13 @@ class Queue:
         self._jobs: dict[str, Job] = {job.id: job for job in store.load()}
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._serve, args=(work,), name=f"worker {i}", daemon=True)
             for i, work in enumerate(workers)
         ]
 
     def start(self) -> None:
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Queue:
                 if job.status == "running":
                     job.wanted = "stop"
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(timeout=60)
 
     def add(self, kind: str, ask: Mapping[str, Any], prepare: Callable[[Job], None] | None = None) -> Job:

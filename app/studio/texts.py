@@ -116,8 +116,9 @@ def figures(job: Job | None) -> str:
     if "attention_share" in found:
         rows.append(("Attention", f"{found['attention_share']:.0%} of the time"))
     rows.append(("Density", f"{found['density']:.1%} of the rows read; {found['list_density']:.1%} where it is sparse"))
-    if "predicted_error" in found:
-        rows.append(("Predicted", f"error {found['predicted_error']:.3f}"))
+    if predicted := job.result["predicted"]:
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in predicted.items())
+        rows.append(("Predicted", said))
     rows += [("Plan", job.result["plan"]), ("Seed", str(ask["seed"])), ("Size", sizes(ask))]
     rows.append(("Ran on", f"{job.result['device']}, {job.result['dtype']}"))
     body = "".join(f"<tr><th scope='row'>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows)

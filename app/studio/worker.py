@@ -183,6 +183,7 @@ def make_video(worker: Worker, job: Job) -> None:
         "dense": f"dense.{kind}" if made.dense_frames is not None else None,
         "plan": made.plan_name,
         "plan_path": str(made.plan_path) if made.plan_path else None,
+        "predicted": dict(made.plan.predicted) if made.plan is not None else {},
         "fps": made.fps,
         "dtype": made.dtype,
         "device": made.device,

@@ -13,6 +13,10 @@ from .common import html, told
 from .look import script
 
 Chosen = list[int] | None
+CAPTION = (
+    "The last run's sentence and seed, run dense. Queries down, keys across, in the plan's order; the brighter, the"
+    " more mass, in tenfold steps. Outlined and in colour: blocks read exactly; grey: read pooled or left out."
+)
 
 
 class PlanTab:
@@ -146,11 +150,7 @@ class PlanTab:
         name = maps.result["maps"][str(chosen[1])][str(step)]
         address = texts.file_url(self.studio.store, maps, name)
         about = f"Attention map of layer {chosen[0]}, head {chosen[1]} at step {step}"
-        return (
-            f"<figure class='zg-map'><img src='{address}' alt='{about}'><figcaption>Queries down, keys across, in the"
-            " plan's order; the brighter, the more mass, in tenfold steps. Outlined and in colour: blocks read exactly;"
-            " grey: read pooled or left out.</figcaption></figure>"
-        )
+        return f"<figure class='zg-map'><img src='{address}' alt='{about}'><figcaption>{CAPTION}</figcaption></figure>"
 
     @property
     def watched(self) -> list[Any]:

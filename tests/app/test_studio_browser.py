@@ -1,0 +1,213 @@
+"""The app in a real browser: what a person does, on tiny models; the browser asks nothing of any other host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SECONDS = 60_000
+OURS = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
+
+
+@pytest.fixture(scope="module")
+def context(chromium) -> Iterator[Any]:
+    made = chromium.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    made.set_default_timeout(SECONDS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(context, served) -> Iterator[Any]:
+    """A fresh page on the app; in the end, nothing outside was asked for and no script failed."""
+    opened = context.new_page()
+    outside: list[str] = []
+    errors: list[str] = []
+    opened.on("request", lambda request: None if request.url.startswith(OURS) else outside.append(request.url))
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    visit(opened, served[1])
+    yield opened
+    opened.close()
+    assert not outside
+    assert not errors
+
+
+def visit(page: Any, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("#generate")
+    # The page is filled by its first event.
+    page.wait_for_function("document.querySelector('#estimate').innerText.trim() != ''")
+
+
+def fill(page: Any, label: str, value: object) -> None:
+    field = page.get_by_label(label, exact=True).first
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def check(page: Any, label: str, on: bool) -> None:
+    page.get_by_label(label, exact=True).set_checked(on)
+
+
+def newest(studio: Any) -> Any:
+    return studio.queue.all()[0]
+
+
+def ask(page: Any, studio: Any, wait_until: Any, *, prompt: str, steps: int = 3) -> Any:
+    """Fill the form in and press Generate; returns the job."""
+    before = len(studio.queue.all())
+    fill(page, "Prompt", prompt)
+    fill(page, "Steps", steps)
+    page.wait_for_timeout(300)
+    page.click("#generate")
+    wait_until(lambda: len(studio.queue.all()) > before)
+    return newest(studio)
+
+
+def test_generate_and_compare(page, served, sparse_plan, tmp_path, wait_until):
+    studio, _ = served
+    plan = sparse_plan(name="small", rest="pooled").save(tmp_path / "plan.json")
+    page.locator("input[type=file]").first.set_input_files(plan)
+    page.wait_for_function("[...document.querySelectorAll('input')].some(i => i.value.startsWith('mine: small'))")
+    check(page, "Compare with dense attention", True)
+    job = ask(page, studio, wait_until, prompt="a large red circle")
+    page.wait_for_selector("#player video >> nth=1")
+    assert job.status == "done"
+    page.wait_for_function("[...document.querySelectorAll('#player video')].every(v => v.readyState >= 2 && !v.error)")
+    page.get_by_label("Pause").click()
+    page.get_by_label("One frame on").click()
+    page.wait_for_timeout(200)
+    times = page.evaluate("[...document.querySelectorAll('#player video')].map(v => v.currentTime)")
+    assert times[0] == pytest.approx(times[1], abs=0.01)
+    assert page.evaluate("[...document.querySelectorAll('#player video')].every(v => v.paused)")
+    figures = page.locator("#figures").inner_text()
+    assert "PSNR" in figures
+    assert str(job.ask["seed"]) in figures
+    with page.expect_download() as download:
+        page.get_by_text("Download dense").click()
+    assert Path(download.value.path()).read_bytes() == (studio.store.home(job) / "dense.mp4").read_bytes()
+    page.get_by_text("Make it again elsewhere").click()
+    assert "--compare" in page.get_by_label("As a command line").input_value()
+    page.get_by_text("Reuse this seed").click()
+    page.wait_for_function(f"[...document.querySelectorAll('input')].some(i => i.value === '{job.ask['seed']}')")
+    check(page, "Compare with dense attention", False)
+
+
+def test_a_reloaded_page_finds_its_run_and_can_stop_it(page, served, wait_until):
+    studio, address = served
+    job = ask(page, studio, wait_until, prompt="a blue circle", steps=20_000)
+    page.wait_for_selector("#preview img")
+    second = ask(page, studio, wait_until, prompt="moving left", steps=2)
+    third = ask(page, studio, wait_until, prompt="moving circle", steps=2)
+    page.get_by_label("Move up: moving circle").click()
+    wait_until(lambda: studio.queue.waiting() == [third, second])
+    page.get_by_label("Delete: moving circle").click()
+    wait_until(lambda: studio.queue.waiting() == [second])
+    visit(page, address)
+    assert job.status == "running"
+    page.wait_for_function("document.querySelector('#progress').innerText.includes('of 20000')")
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#progress').innerText.includes('Stopped')")
+    wait_until(lambda: second.ended)
+    assert (job.status, second.status) == ("stopped", "done")
+
+
+def test_stop_and_keep(page, served, wait_until):
+    studio, _ = served
+    job = ask(page, studio, wait_until, prompt="a red circle", steps=20_000)
+    page.wait_for_selector("#preview img")
+    page.click("#keep")
+    page.wait_for_selector("#player video")
+    assert job.status == "kept"
+    assert "Ended early" in page.locator("#progress").inner_text()
+
+
+def test_errors_are_sentences_and_the_app_goes_on(page, served, monkeypatch, wait_until):
+    studio, _ = served
+    fill(page, "Height", 40)
+    page.wait_for_function("document.querySelector('#estimate').innerText.includes('nearest that work are 32 and 48')")
+    page.click("#generate")
+    page.get_by_text("nearest that work are 32 and 48").nth(1).wait_for()
+    fill(page, "Height", 32)
+
+    def broken(*_args: Any, **_more: Any) -> None:
+        raise RuntimeError("<b>the kernel broke</b>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ziggurat.app.studio.worker.generate", broken)
+        job = ask(page, studio, wait_until, prompt="a circle", steps=2)
+        page.wait_for_function("document.querySelector('#progress').innerText.includes('<b>the kernel broke</b>')")
+    assert job.status == "failed"
+    assert ask(page, studio, wait_until, prompt="a circle", steps=2)
+    page.wait_for_selector("#player video")
+
+
+def test_plan_and_its_attention_maps(page, served, sparse_plan, tmp_path, wait_until):
+    studio, _ = served
+    name = studio.shelf.take_plan(sparse_plan(name="looked at", rest="pooled").save(tmp_path / "plan.json"))
+    from ziggurat.app.studio.studio import Form
+
+    run = studio.submit(Form(prompt="a red circle", model=next(iter(studio.shelf.models)), plan=name))
+    wait_until(lambda: run.ended)
+    page.get_by_role("tab", name="Plan").click()
+    page.locator("#plan-plan input").click()
+    page.get_by_role("option", name=name).click()
+    page.get_by_label("layer 1, head 1: stripe").click()
+    assert "sparse" in page.locator("#summary").inner_text()
+    page.click("#draw")
+    page.wait_for_selector("#map img")
+    page.locator("#map-steps input").last.check()
+    page.wait_for_selector("#map img[alt='Attention map of layer 1, head 1 at step 2']")
+    # By the keyboard too.
+    page.get_by_label("layer 1, head 0: window").press("Enter")
+    page.wait_for_selector("#map img[alt^='Attention map of layer 1, head 0']")
+
+
+def test_history(page, served, wait_until):
+    studio, _ = served
+    ask(page, studio, wait_until, prompt="a large blue circle", steps=2)
+    page.wait_for_selector("#player video")
+    made = [job for job in studio.queue.all() if job.made and job.kind == "video"]
+    page.get_by_role("tab", name="History").click()
+    page.locator(f"#history [data-id='{made[0].id}']").click()
+    page.wait_for_selector("#history-player video")
+    page.locator("#beside input").click()
+    page.get_by_role("option", name=made[1].id).click()
+    page.wait_for_selector("#history-player video >> nth=1")
+    page.get_by_role("button", name="Run again").click()
+    wait_until(lambda: newest(studio).id != made[0].id and newest(studio).made)
+    assert newest(studio).ask == made[0].ask
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="Load settings").click()
+    page.wait_for_function(f"[...document.querySelectorAll('input')].some(i => i.value === '{made[0].ask['seed']}')")
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    wait_until(lambda: studio.queue.find(made[0].id) is None)
+    assert not (studio.store.folder / made[0].id).exists()
+
+
+def test_an_image_model(page, served, image_model, wait_until):
+    studio, _ = served
+    page.get_by_label("Model", exact=True).first.click()
+    page.get_by_role("option", name=str(image_model)).click()
+    page.get_by_label("Frames", exact=True).first.wait_for(state="hidden")
+    job = ask(page, studio, wait_until, prompt="a red circle", steps=2)
+    page.wait_for_selector("#player img")
+    assert job.result["video"] == "video.png"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(chromium, served, scheme):
+    small = chromium.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    small.set_default_timeout(SECONDS)
+    visit(small, served[1])
+    for tab in small.get_by_role("tab").all():
+        tab.click()
+        assert small.evaluate("document.documentElement.scrollWidth") == 390
+    unnamed = "[...document.querySelectorAll('button, select, input:not([type=hidden]), textarea')].filter("
+    named = "e.getAttribute('aria-label') || e.labels?.length || e.innerText?.trim() || e.title || e.type == 'file'"
+    assert small.evaluate(f"{unnamed}e => e.offsetParent && !({named})).map(e => e.outerHTML.slice(0, 200))") == []
+    small.close()
