@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .kernels import kernels
 from .models import models
+from .search import search
 from .train import app as train
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command("app")(app_verb)
 app.command()(batch)
+app.command()(search)
 app.command()(evaluate)
 app.command()(models)
 app.command()(kernels)

@@ -53,6 +53,11 @@ class Stripe(Selector):
     name: Literal["stripe"] = "stripe"
     boxes: tuple[Box, ...] = Field(min_length=1)
 
+    @classmethod
+    def candidates(cls) -> tuple[Selector, ...]:
+        boxes = (Box(frames=(0, 1)), Box(height=("25%", "75%"), width=("25%", "75%")), Box(every=(1, 4, 4)))
+        return tuple(cls(boxes=(box,)) for box in boxes)
+
     def columns(self, shape: Shape) -> Tensor:
         """bool [tokens], in raster order: which keys are read."""
         return torch.stack([box.holds(shape) for box in self.boxes]).any(0).flatten()

@@ -34,6 +34,13 @@ class Window(Selector):
     dilation: tuple[Step, Step, Step] = (1, 1, 1)
     border: Literal["cut", "shift"] = "cut"
 
+    @classmethod
+    def candidates(cls) -> tuple[Selector, ...]:
+        near = ((3, 3, 3), (3, 5, 5), (5, 7, 7), (7, 9, 9), ("50%", "60%", "60%"))
+        whole = ((1, "100%", "100%"), (3, "100%", "100%"), ("100%", 1, 1), ("100%", 3, 3), ("100%", 5, 5))
+        strided = cls(dilation=(1, 2, 2))
+        return (*(cls(frames=f, height=h, width=w) for f, h, w in (*near, *whole)), strided)
+
     def reach(self, shape: Shape) -> list[Tensor]:
         """For each axis bool [extent, extent]: which coordinates of keys (columns) a query's coordinate (row) reads."""
         sizes = (self.frames, self.height, self.width)

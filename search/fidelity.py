@@ -84,11 +84,13 @@ class Problem:
         return pool_rest(blocks, self.layout, factors=pyramid.factors) if entry.pooled else blocks, pyramid
 
 
-def pose(sample: Sample, order: TokenOrder, *, tile: int, block: int) -> Problem:
-    """Lay a sample out, and run it dense."""
+def pose(
+    sample: Sample, order: TokenOrder, *, tile: int, block: int, dense: tuple[Tensor, Tensor] | None = None
+) -> Problem:
+    """Lay a sample out, and run it dense, unless its dense output and lse are known."""
     layout = lay_out(sample.grid, order, tile=tile, block=block)
     pyramid = build_pyramid(sample.key, sample.value, layout.key_rows, block=block)
-    exact, lse = attend(sample.query, pyramid, all_blocks(layout.query_rows, block))
+    exact, lse = dense or attend(sample.query, pyramid, all_blocks(layout.query_rows, block))
     mass = block_mass(sample.query, pyramid, lse, layout.query_rows)
     return Problem(sample, layout, exact, lse, mass, {(1,): pyramid})
 

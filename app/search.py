@@ -1,0 +1,147 @@
+"""`ziggurat search`: a plan for a model, on this machine, and what it costs and gains."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import Debug, note, progress_bars, quiet_libraries
+
+OWN = "the model's own"
+STAGES = {
+    "capture": "dense runs, every candidate scored",
+    "sensitivity": "sensitivity of each layer",
+    "cost": "cost on this machine",
+    "choice": "choosing",
+    "proof": "proof on held-out prompts",
+    "pictures": "pictures and report",
+}
+
+Model = Annotated[str, typer.Option(help="shapes, a folder or a Hub id.")]
+Out = Annotated[Path, typer.Option(help="The folder for plan, figures, pictures and report.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of our own dense attention's time: least error.", show_default="0.3"),
+]
+MaxError = Annotated[float | None, typer.Option(min=0, help="Bound on the weighted sum of errors: least time.")]
+TargetPsnr = Annotated[float | None, typer.Option(help="dB against dense on held-out prompts: the cheapest plan.")]
+TargetSsim = Annotated[float | None, typer.Option(max=1, help="The same in SSIM.")]
+Prompts = Annotated[Path | None, typer.Option(help="A file of 1 to 16 prompts.", show_default="shipped ones")]
+HeldOut = Annotated[Path | None, typer.Option(help="A file of prompts to prove on.", show_default="shipped ones")]
+Candidates = Annotated[Path | None, typer.Option(help="A TOML file of what to try.", show_default="the defaults")]
+Write = Annotated[Path | None, typer.Option(help="Write the default candidates to this file, to be edited; no search.")]
+Noise = Annotated[int, typer.Option(min=1, help="Denoising steps that are measured.")]
+Quantile = Annotated[float, typer.Option(help="Of the errors over prompts, steps and branches; 1 = the worst.")]
+Proofs = Annotated[int, typer.Option(min=0, help="Held-out prompts to prove the plan on.")]
+Steps = Annotated[int | None, typer.Option(min=1, show_default=OWN)]
+Size = Annotated[int | None, typer.Option(min=1, show_default=OWN)]
+Guidance = Annotated[float | None, typer.Option(show_default=OWN)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted search left in the folder.")]
+Pareto = Annotated[bool, typer.Option("--pareto", help="Print every plan of the front, and write them all.")]
+
+
+def search(
+    model: Model = "shapes",
+    out: Out = Path("runs/search"),
+    budget: Budget = None,
+    max_error: MaxError = None,
+    target_psnr: TargetPsnr = None,
+    target_ssim: TargetSsim = None,
+    pareto: Pareto = False,
+    prompts: Prompts = None,
+    held_out: HeldOut = None,
+    candidates: Candidates = None,
+    write_candidates: Write = None,
+    noise_steps: Noise = 3,
+    quantile: Quantile = 1.0,
+    proofs: Proofs = 2,
+    steps: Steps = None,
+    frames: Size = None,
+    height: Size = None,
+    width: Size = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (fastest on this chip), fp32, bf16 or fp16.")] = "auto",
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the figures as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find a plan for a model, prove it on prompts that it never saw, and draw it.
+
+    Example: ziggurat search --model shapes --budget 0.3 --out runs/search
+    """
+    if write_candidates is not None:
+        from ..search.candidates import default_candidates, to_toml
+
+        if write_candidates.exists():
+            raise ValueError(f"{write_candidates} is there already: give a new name")
+        write_candidates.write_text(to_toml(default_candidates()))
+        note(f"candidates  {write_candidates}")
+        return
+    quiet_libraries()
+    from ..pipelines.loading import load
+    from ..search import run as searching
+    from ..search.prompts import read_prompts
+
+    begun = time.monotonic()
+    pipe: Any = load(model, dtype=dtype)
+    with progress_bars(STAGES) as report:
+        result = searching.search(
+            pipe,
+            out,
+            budget=budget,
+            max_error=max_error,
+            target_psnr=target_psnr,
+            target_ssim=target_ssim,
+            prompts=read_prompts(prompts) if prompts else None,
+            held_out=read_prompts(held_out) if held_out else None,
+            candidates=candidates,
+            noise_steps=noise_steps,
+            quantile=quantile,
+            proofs=proofs,
+            steps=steps,
+            frames=frames,
+            height=height,
+            width=width,
+            guidance=guidance,
+            seed=seed,
+            resume=resume,
+            report=report,
+        )
+    said = figures(result, time.monotonic() - begun)
+    if pareto:
+        for number, point in enumerate(result.front):
+            result.findings.plan(number).save(out / f"plan-{number}.json")
+            mark = "  <- plan.json" if number == result.findings.chosen else ""
+            print(f"{number:3}  {point.seconds:8.3f} s  error {point.error:7.4f}  density {point.density:6.1%}{mark}")
+    for name, value in said.items():
+        print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+    if as_json:
+        print(json.dumps(said))
+    if not result.met:
+        raise ValueError(f"no plan of this search keeps the bound: {out / 'plan.json'} is the nearest that was found")
+
+
+def figures(result: Any, seconds: float) -> dict[str, Any]:
+    """What a search comes to, by name; what was not proved is None."""
+    found, proof = result.findings, result.proof
+    point = found.front[found.chosen]
+    dense = found.dense_seconds * found.calls * found.shape.layers
+    return {
+        "plan": str(result.folder / "plan.json"),
+        "report": str(result.folder / "report.html"),
+        "candidates": len(found.candidates),
+        "heads": found.shape.layers * found.shape.heads,
+        "density": proof.density if proof else point.density,
+        "predicted_speedup": dense / point.seconds,
+        "measured_speedup": proof.own_dense_attention_seconds / proof.attention_seconds if proof else None,
+        "whole_speedup": proof.own_dense_seconds / proof.seconds if proof else None,
+        "stock_speedup": proof.stock_seconds / proof.seconds if proof else None,
+        "psnr": proof.psnr if proof else None,
+        "ssim": proof.ssim if proof else None,
+        "seconds": seconds,
+    }

@@ -1,0 +1,147 @@
+"""The dense runs of a search: every candidate scored on the way, and what else has to be known of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.plan import Plan
+from ..attention.schedule import Schedule
+from ..pipelines.clock import RunClock
+from ..pipelines.models import row_of
+from ..pipelines.plans import ModelShape
+from ..pipelines.request import Request, call_arguments, complete
+from ..pipelines.routing import TransformerRun
+from ..pipelines.settings import model_settings
+from .findings import Candidate
+from .scoring import Journal, Score, ScoringRun
+from .sensitivity import Forward, kept_forwards
+
+JOURNAL = "scores.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """grid: of the visual segment. noise_levels: of all steps; measured: the steps that were scored. calls: of one
+    layer in a run, of which dense_calls at steps that the schedule keeps dense. forwards: some of the transformer's,
+    to perturb. text_length: text tokens in the sequence of self-attention, None where there are none.
+    """
+
+    grid: tuple[int, int, int]
+    tokens: int
+    dtype: torch.dtype
+    noise_levels: tuple[float, ...]
+    measured: tuple[int, ...]
+    calls: int
+    dense_calls: int
+    scores: list[Score]
+    forwards: list[Forward]
+    text_length: int | None
+    guidance: float | None
+
+
+def capture_scores(
+    pipe: Any,
+    transformer: nn.Module,
+    shape: ModelShape,
+    folder: Path,
+    *,
+    prompts: Sequence[str],
+    candidates: Sequence[Candidate],
+    settings: dict[str, Any],
+    noise_steps: int,
+    schedule: Schedule,
+    seed: int,
+    resume: bool,
+    report: Callable[[str, int, int], None],
+    cancelled: Callable[[], bool],
+) -> Captured:
+    """Run the prompts dense, and score every candidate on some of the calls.
+
+    Scores go to a journal in the folder as they come: with `resume`, those that are there are not made again.
+    Raises ValueError for a sequence that is not one video, and where nothing was called.
+    """
+    journal_path = folder / JOURNAL
+    if not resume:
+        journal_path.unlink(missing_ok=True)
+    header = {
+        "shape": asdict(shape),
+        "prompts": list(prompts),
+        "candidates": [candidate.model_dump(mode="json") for candidate in candidates],
+        "settings": json.loads(json.dumps(settings)),
+        "noise_steps": noise_steps,
+        "schedule": schedule.model_dump(mode="json"),
+        "seed": seed,
+        "dtype": str(next(transformer.parameters()).dtype),
+    }
+    journal = Journal(journal_path, header)
+    done, total = len(journal.scores), len(prompts) * noise_steps * shape.layers
+
+    def told() -> None:
+        nonlocal done, total
+        done += 1
+        # How many guidance branches there are shows as they come.
+        total = max(total, done)
+        report("capture", done, total)
+
+    run = ScoringRun(
+        Plan.dense(grid=(1, 1, 1), **asdict(shape)),
+        candidates,
+        journal,
+        schedule=schedule,
+        count=noise_steps,
+        report=told,
+        cancelled=cancelled,
+    )
+    clock = RunClock(pipe)
+    hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
+    given = model_settings(pipe)
+    guidance: float | None = None
+    kept: list[Forward] = []
+    try:
+        with kept_forwards(transformer, lambda: run.wanted, lambda: clock.step) as forwards:
+            for number, prompt in enumerate(prompts):
+                run.prompt = number
+                asked = Request(prompt=prompt, seed=seed + number, **settings)
+                request, _ = complete(pipe, asked, given, compare=False)
+                guidance = request.guidance
+                generator = torch.Generator("cpu").manual_seed(seed + number)
+                pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
+                branches = len({score.branch for score in journal.scores.values()})
+                total = len(prompts) * max(len(run.wanted), 1) * max(branches, 1) * shape.layers
+                if number == 0:
+                    # One prompt's forwards tell enough, and more would only be held.
+                    kept = list(forwards)
+    finally:
+        hooks.remove()
+        clock.release()
+    levels = run.noise_levels or ()
+    status = run.status()[0]
+    scores = list(journal.scores.values())
+    grid = run.grid
+    if not scores or grid is None or not levels:
+        raise ValueError("nothing was captured: no self-attention call of this pipeline could be reached")
+    if len(grid.visual) != 1:
+        raise ValueError(f"a search takes sequences of one video or image, this one has {len(grid.visual)}")
+    per_step = status.calls / len(levels)
+    dense = sum(schedule.is_dense(level, step) for step, level in enumerate(levels))
+    texts = sum(segment.tokens for segment in grid.segments if segment.kind == "text")
+    return Captured(
+        grid=grid.visual[0].grid,
+        tokens=grid.tokens,
+        dtype=run.dtype or next(transformer.parameters()).dtype,
+        noise_levels=tuple(levels),
+        measured=tuple(run.wanted),
+        calls=status.calls,
+        dense_calls=round(per_step * dense),
+        scores=scores,
+        forwards=kept,
+        text_length=texts or None,
+        guidance=guidance,
+    )

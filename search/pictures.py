@@ -1,0 +1,120 @@
+"""The pictures of a search that take another look at the model: attention maps with the chosen lists over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attention.levels import level0_reads
+from ..attention.plan import Plan
+from ..attention.run import PlanRun
+from ..kernels.attend import attend
+from ..kernels.listops import all_blocks
+from ..kernels.mass import block_mass
+from ..kernels.pyramid import build_pyramid
+from ..pipelines.clock import RunClock
+from ..pipelines.models import row_of
+from ..pipelines.request import Request, call_arguments, complete
+from ..pipelines.routing import TransformerRun
+from ..pipelines.settings import model_settings
+from .capture import Sample
+from .entry import entries_of
+from .findings import Candidate, Findings
+from .report import write_report
+
+Maps = dict[str, tuple[Tensor, Tensor]]
+"""Title: softmax mass [query tiles, key blocks] of a head, and bool of that shape, which of them its list reads."""
+
+
+class MapsRun(PlanRun):
+    """A dense plan that looks at some heads on the way: at `step`, in the first guidance branch that calls.
+
+    wanted: for each layer, heads and the candidate that each is looked at with.
+    """
+
+    def __init__(self, plan: Plan, wanted: Mapping[int, Mapping[int, Candidate]], step: int):
+        self.wanted, self.step = wanted, step
+        self.maps: Maps = {}
+        super().__init__(plan)
+
+    def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
+        layer = call["layer"]
+        for head, candidate in self.wanted.get(layer, {}).items() if call["step"] == self.step else ():
+            title = f"layer {layer}, head {head}: {candidate}"
+            if title not in self.maps and call["grid"] is not None:
+                one = slice(head, head + 1)
+                sample = Sample(
+                    source="captured",
+                    query=query[:1, one],
+                    key=key[:1, one],
+                    value=value[:1, one],
+                    grid=call["grid"],
+                )
+                with torch.no_grad():
+                    self.maps[title] = map_of(sample, candidate)
+        return super().attend_layer(query, key, value, **call)
+
+
+def map_of(sample: Sample, candidate: Candidate) -> tuple[Tensor, Tensor]:
+    """One head's softmax mass [query tiles, key blocks] in the candidate's order, and which of it its list reads."""
+    (entry,) = entries_of([candidate], sample.grid)
+    layout = entry.layout
+    pyramid = build_pyramid(sample.key, sample.value, layout.key_rows, block=layout.block)
+    _, lse = attend(sample.query, pyramid, all_blocks(layout.query_rows, layout.block))
+    mass = block_mass(sample.query, pyramid, lse, layout.query_rows)
+    blocks, _ = entry.select(sample, lse, None, None)
+    reads = level0_reads(blocks, layout.blocks).view(*blocks.start.shape, layout.blocks)
+    return mass[0, 0].float(), reads.expand_as(mass)[0, 0]
+
+
+def look(
+    pipe: Any,
+    transformer: nn.Module,
+    found: Findings,
+    settings: Mapping[str, Any],
+    wanted: Mapping[int, Mapping[int, Candidate]],
+    step: int,
+) -> Maps:
+    """The maps of some heads on the first prompt."""
+    run = MapsRun(Plan.dense(grid=(1, 1, 1), **asdict(found.shape)), wanted, step)
+    clock = RunClock(pipe)
+    hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
+    try:
+        asked = Request(prompt=found.prompts[0], seed=found.seed, **settings)
+        request, _ = complete(pipe, asked, model_settings(pipe), compare=False)
+        generator = torch.Generator("cpu").manual_seed(found.seed)
+        pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
+    finally:
+        hooks.remove()
+        clock.release()
+    return run.maps
+
+
+def draw_all(
+    folder: Path,
+    found: Findings,
+    plan: Plan,
+    pipe: Any,
+    transformer: nn.Module,
+    settings: Mapping[str, Any],
+    videos: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> Path:
+    """The report of a search, with the maps of one head of each family that was chosen, and of the first layer's."""
+    assert found.chosen is not None
+    picks = found.front[found.chosen].picks
+    wanted: dict[int, dict[int, Candidate]] = {}
+    seen: set[str] = set()
+    for layer, heads in enumerate(picks):
+        for head, number in enumerate(heads or ()):
+            candidate = found.candidates[number]
+            if candidate.family not in seen or layer == head == 0:
+                seen.add(candidate.family)
+                wanted.setdefault(layer, {})[head] = candidate
+    maps = look(pipe, transformer, found, settings, wanted, found.steps // 2) if wanted else {}
+    return write_report(folder, found, plan, maps, videos)

@@ -1,0 +1,230 @@
+"""search(model, folder): a plan for a model on this machine, what it will cost and gain, and the proof."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..attention.plan import Plan
+from ..attention.schedule import Schedule
+from ..pipelines.plans import model_shape, transformers_of
+from ..pipelines.record import surroundings
+from ..pipelines.routing import attached
+from ..pipelines.settings import model_settings
+from .candidates import default_candidates, load_candidates, with_dense
+from .captured import capture_scores
+from .cost import measure
+from .findings import PLAN, Candidate, Findings, Point, Proof
+from .pictures import draw_all
+from .prompts import default_prompts
+from .prove import Prover, cheapest
+from .scoring import Cancelled
+from .sensitivity import sensitivities
+from .settle import bounded, front, gathered, knapsack
+
+SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.9, 0.75, 0.5))
+BUDGET = 0.3
+SENSITIVITY_PASSES = 60
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """plan: the one chosen. folder: what `load_result` reads. met: whether the bound or target holds; of one that
+    can't, the nearest there is was chosen. seconds: of the search."""
+
+    plan: Plan
+    findings: Findings
+    folder: Path
+    met: bool
+
+    @property
+    def front(self) -> list[Point]:
+        return self.findings.front
+
+    @property
+    def proof(self) -> Proof | None:
+        return next((one for one in self.findings.proofs if one.point == self.findings.chosen), None)
+
+
+def load_result(folder: str | os.PathLike[str]) -> SearchResult:
+    """What a search wrote. Raises ValueError where it is not there or not whole."""
+    found = Findings.load(folder)
+    if found.chosen is None:
+        raise ValueError(f"the search in {folder} did not come to its end: run it again with resume")
+    return SearchResult(plan=Plan.load(Path(folder) / PLAN), findings=found, folder=Path(folder), met=True)
+
+
+def search(
+    model: Any,
+    out: str | os.PathLike[str],
+    *,
+    budget: float | None = None,
+    max_error: float | None = None,
+    target_psnr: float | None = None,
+    target_ssim: float | None = None,
+    prompts: Sequence[str] | None = None,
+    held_out: Sequence[str] | None = None,
+    candidates: Sequence[Candidate] | str | Path | None = None,
+    noise_steps: int = 3,
+    steps: int | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    guidance: float | None = None,
+    schedule: Schedule = SCHEDULE,
+    quantile: float = 1.0,
+    proofs: int = 2,
+    seed: int = 0,
+    resume: bool = False,
+    report: Report = lambda stage, done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> SearchResult:
+    """Find a plan, prove it, and write plan, figures, pictures and a report to `out`.
+
+    Args:
+        model: a pipeline, or what `load` takes.
+        budget: share of our own dense attention's time that the plan may take, 0.3 if nothing else is given: the
+            error is least. max_error: bound on the sensitivity-weighted sum of relative errors: the time is least.
+            target_psnr (dB), target_ssim: against dense on held-out prompts, measured: the cheapest plan of the front
+            that reaches it.
+        prompts: to calibrate on; held_out: to prove on (the first `proofs` of them; 0 = no proof).
+        candidates: what to try for each head, or a TOML file of it.
+        noise_steps: how many denoising steps to measure at, spread over the sparse ones.
+        steps, frames, height, width, guidance: of every run, the model's own by default.
+        schedule: of the plan.
+        quantile: of the errors over prompts, steps and branches that counts; 1 = the worst.
+        resume: go on from what an interrupted search of the same settings left in `out`.
+        report: called with stage, done, total. cancelled: asked often; true ends the search with `Cancelled`.
+
+    Raises ValueError for a bound that is none, settings that the pipeline can't take, a folder of another search, and
+    for NaN in the model's attention, naming the layer; Cancelled.
+    """
+    given = [name for name, value in _bounds(budget, max_error, target_psnr, target_ssim).items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"one bound can be searched for at a time, got {' and '.join(given)}: give one of them")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile must lie above 0 and at most at 1, got {quantile}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = _loaded(model)
+    pipe.set_progress_bar_config(disable=True)
+    transformer = next(iter(transformers_of(pipe).values()))
+    if attached(transformer):
+        raise ValueError("pipe already has a plan on its transformer: detach that handle first")
+    shape = model_shape(transformer)
+    told, unseen = default_prompts(model_settings(pipe).captions)
+    prompts, held_out = list(prompts or told), list(held_out or unseen)
+    settings = {"steps": steps, "frames": frames, "height": height, "width": width, "guidance": guidance}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    chosen = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
+    tried = with_dense(chosen or default_candidates())
+
+    captured = capture_scores(
+        pipe,
+        transformer,
+        shape,
+        folder,
+        prompts=prompts,
+        candidates=tried,
+        settings=settings,
+        noise_steps=noise_steps,
+        schedule=schedule,
+        seed=seed,
+        resume=resume,
+        report=report,
+        cancelled=cancelled,
+    )
+    most = max(1, SENSITIVITY_PASSES // (shape.layers + 1))
+    forwards = captured.forwards[:most]
+    moved = sensitivities(pipe, transformer, forwards, lambda done, total: report("sensitivity", done, total))
+    cost = measure(
+        tried,
+        captured.grid,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        dtype=captured.dtype,
+        report=lambda done, total: report("cost", done, total),
+    )
+    found = Findings(
+        shape=shape,
+        text_length=captured.text_length,
+        guidance=captured.guidance,
+        grid=captured.grid,
+        tokens=captured.tokens,
+        dtype=str(captured.dtype).removeprefix("torch."),
+        steps=len(captured.noise_levels),
+        seed=seed,
+        quantile=quantile,
+        prompts=prompts,
+        held_out=held_out[:proofs],
+        noise_levels=[captured.noise_levels[step] for step in captured.measured],
+        sampled_rows=min(score.rows for score in captured.scores),
+        schedule=schedule,
+        candidates=tried,
+        **gathered(captured.scores, shape.layers, moved, quantile),  # type: ignore[arg-type]
+        sensitivities=moved,
+        seconds=[cost.seconds(one, 0.0, captured.tokens, shape.heads) for one in tried],
+        dense_seconds=cost.dense,
+        stock_seconds=cost.stock,
+        launch_seconds=cost.launch,
+        calls=captured.calls,
+        dense_calls=captured.dense_calls,
+        costs=cost.rows,
+        machine=surroundings("cpu")["machine"],
+    )
+    problem, constant = knapsack(found, cost)
+    found = found.model_copy(update={"front": front(found, problem, constant, report)})
+    allowed = (BUDGET if budget is None else budget) * cost.dense * captured.calls * shape.layers
+    point, found, met = bounded(
+        found, problem, constant, max_seconds=None if max_error is not None else allowed, max_error=max_error
+    )
+    prover = Prover(
+        pipe=pipe,
+        prompts=found.held_out,
+        settings=settings,
+        seed=seed + 1000,
+        report=lambda done, total: report("proof", done, total),
+    )
+    videos: dict[str, Any] = {}
+    kept: dict[int, Proof] = {}
+
+    def prove(number: int) -> Proof:
+        if cancelled():
+            raise Cancelled
+        if number not in kept:
+            kept[number], shown = prover.prove(found.plan(number), number)
+            videos[str(number)] = shown
+        return kept[number]
+
+    if target_psnr is not None or target_ssim is not None:
+        if not found.held_out:
+            raise ValueError("a target is measured on held-out prompts: give proofs of at least 1")
+        value, target = ("psnr", target_psnr) if target_psnr is not None else ("ssim", target_ssim)
+        assert target is not None
+        point, met = cheapest(len(found.front), lambda number: getattr(prove(number), value), target)
+    if found.held_out:
+        prove(point)
+    found = found.model_copy(update={"chosen": point, "proofs": [kept[number] for number in sorted(kept)]})
+    plan = found.plan(point)
+    found.save(folder)
+    plan.save(folder / PLAN)
+    report("pictures", 0, 1)
+    draw_all(folder, found, plan, pipe, transformer, settings, videos.get(str(point), {}))
+    report("pictures", 1, 1)
+    return SearchResult(plan=plan, findings=found, folder=folder, met=met)
+
+
+def _bounds(budget: Any, max_error: Any, target_psnr: Any, target_ssim: Any) -> dict[str, float | None]:
+    return {"budget": budget, "max_error": max_error, "target_psnr": target_psnr, "target_ssim": target_ssim}
+
+
+def _loaded(model: Any) -> Any:
+    if not isinstance(model, str | Path):
+        return model
+    from ..pipelines.loading import load
+
+    return load(model)

@@ -1,0 +1,126 @@
+"""From scores, sensitivities and costs to the front: the knapsack that the solver is given, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .choose import Choice, Problem, choose, total
+from .cost import Cost
+from .findings import Findings, Point
+from .scoring import Score
+
+SHARES = (0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1.0)
+"""Of our own dense attention's time: the budgets of the front."""
+
+
+def gathered(
+    scores: Sequence[Score], layers: int, sensitivities: Sequence[float], quantile: float
+) -> dict[str, list[list[list[float]]] | list[list[float]]]:
+    """Errors at the quantile, mean recalls and densities, [layer][head][candidate]; weights [layer][head]."""
+    found: dict[str, list] = {"errors": [], "recalls": [], "densities": [], "weights": []}
+    for layer in range(layers):
+        own = [score for score in scores if score.layer == layer]
+        if not own:
+            raise ValueError(f"layer {layer} was never called: its attention is out of reach, so no plan can be found")
+        # Of few measurements a quantile between two is the higher one: worst means worst.
+        errors = np.quantile(np.array([score.errors for score in own]), quantile, axis=0, method="higher")
+        found["errors"].append(errors.tolist())
+        found["recalls"].append(np.array([score.recalls for score in own]).mean(0).tolist())
+        found["densities"].append(np.array([score.densities for score in own]).mean(0).tolist())
+        norms = np.array([score.norms for score in own])
+        shares = (norms / np.linalg.norm(norms, axis=1, keepdims=True).clip(min=1e-30)).mean(0)
+        found["weights"].append((sensitivities[layer] * shares).tolist())
+    return found
+
+
+def knapsack(found: Findings, cost: Cost) -> tuple[Problem, float]:
+    """The solver's problem, in seconds of a run, and the seconds that no choice changes: the schedule's dense steps."""
+    layers, heads = found.shape.layers, found.shape.heads
+    sparse = found.calls - found.dense_calls
+    densities, weights = np.array(found.densities), np.array(found.weights)
+    seconds = np.empty_like(densities)
+    refreshes = min(1 + len(found.schedule.refresh_at), sparse)
+    branches = max(1, round(found.calls / found.steps))
+    for number, candidate in enumerate(found.candidates):
+        per_call = np.vectorize(lambda density, one=candidate: cost.seconds(one, density, found.tokens, heads))
+        own = sparse * per_call(densities[:, :, number])
+        own = own + cost.select[number] * refreshes * branches
+        if getattr(candidate.selector, "needs_lse", False):
+            # The first sparse step of each branch runs dense by our own kernel, for its lse.
+            first = branches * (cost.dense / heads - per_call(densities[:, :, number]))
+            own = own + np.maximum(first, 0)
+        seconds[:, :, number] = own
+    layouts = [candidate.layout for candidate in found.candidates]
+    numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
+    problem = Problem(
+        errors=np.array(found.errors) * weights[:, :, None],
+        seconds=seconds,
+        groups=[numbers[layout] for layout in layouts],
+        launch=cost.launch * sparse,
+        stock=cost.stock * sparse,
+    )
+    return problem, found.dense_calls * cost.stock * layers
+
+
+def front(found: Findings, problem: Problem, constant: float, report: Callable[[str, int, int], None]) -> list[Point]:
+    """The best choices over a range of budgets, of rising time and falling error, none beaten by another."""
+    own_dense = found.dense_seconds * found.calls * found.shape.layers
+    points: list[Point] = []
+    for number, share in enumerate(SHARES):
+        choice = choose(problem, max_seconds=share * own_dense - constant)
+        if choice is not None:
+            points.append(point_of(found, choice, constant))
+        report("choice", number + 1, len(SHARES))
+    if not points:
+        points = [point_of(found, _least_seconds(problem), constant)]
+    return pareto(points)
+
+
+def _least_seconds(problem: Problem) -> Choice:
+    """The fastest there is, whatever its error."""
+    choice = choose(problem, max_error=float(problem.errors.max(2).sum()) + 1.0)
+    assert choice is not None
+    return choice
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both time and error, fastest first."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.seconds, one.error)):
+        if not kept or point.error < kept[-1].error:
+            kept.append(point)
+    return kept
+
+
+def point_of(found: Findings, choice: Choice, constant: float) -> Point:
+    """A choice as a point of the front."""
+    read = 0.0
+    heads = found.shape.layers * found.shape.heads
+    for layer, picks in enumerate(choice.picks):
+        if picks is None:
+            read += found.shape.heads
+        else:
+            read += sum(found.densities[layer][head][number] for head, number in enumerate(picks))
+    sparse = (found.calls - found.dense_calls) / found.calls
+    density = sparse * read / heads + 1 - sparse
+    return Point(seconds=choice.seconds + constant, error=choice.error, density=density, picks=choice.picks)
+
+
+def bounded(
+    found: Findings, problem: Problem, constant: float, *, max_seconds: float | None, max_error: float | None
+) -> tuple[int, Findings, bool]:
+    """The front with the best choice within the bound on it, that choice's number, and whether the bound holds; the
+    nearest choice where nothing keeps it."""
+    if max_error is not None:
+        choice = choose(problem, max_error=max_error)
+    else:
+        assert max_seconds is not None
+        choice = choose(problem, max_seconds=max_seconds - constant)
+    if choice is None:
+        return (0 if max_error is None else len(found.front) - 1), found, False
+    point = point_of(found, total(problem, choice.picks), constant)
+    others = [one for one in found.front if one.picks != point.picks]
+    points = sorted([*others, point], key=lambda one: (one.seconds, one.error))
+    return points.index(point), found.model_copy(update={"front": points}), True
