@@ -78,6 +78,30 @@ _AMD: Table = {
     ("mass", 128, 1024): (128, 64, 8, 2),
     ("mass", 256, 1024): (64, 64, 8, 1),
 }
+# float32 is made of three products of tf32, whose parts take registers of their own. At head_dim 256, and in grad_rows
+# on Hopper and Blackwell from 128 on, even the smallest cut spills.
+_FLOAT32: Table = {
+    ("forward", 64, 1024): (64, 32, 8, 2),
+    ("forward", 128, 1024): (32, 16, 4, 2),
+    ("forward", 256, 1024): (16, 16, 2, 1),
+    ("grad_query", 64, 1024): (32, 16, 4, 2),
+    ("grad_query", 256, 1024): (16, 16, 4, 1),
+    ("grad_rows", 64, 1024): (32, 16, 4, 1),
+    ("grad_rows", 256, 1024): (16, 16, 4, 1),
+    ("mass", 128, 1024): (32, 64, 4, 2),
+    ("mass", 256, 1024): (16, 16, 4, 1),
+}
+_AMD_FLOAT32: Table = {
+    ("forward", 64, 1024): (128, 32, 4, 1),
+    ("forward", 256, 1024): (64, 32, 4, 1),
+    ("grad_query", 64, 1024): (64, 32, 4, 1),
+    ("grad_query", 128, 1024): (32, 32, 4, 1),
+    ("grad_query", 256, 1024): (16, 16, 4, 1),
+    ("grad_rows", 64, 1024): (32, 64, 4, 1),
+    ("grad_rows", 256, 1024): (32, 32, 4, 1),
+    ("mass", 128, 1024): (64, 64, 8, 1),
+    ("mass", 256, 1024): (32, 64, 4, 1),
+}
 TABLES: dict[str, Table] = {
     "cuda:80": _NARROW,
     "cuda:89": _NARROW,
@@ -91,15 +115,18 @@ TABLES: dict[str, Table] = {
 TARGETS = tuple(TABLES)
 
 
-def config(target: str, head_dim: int, block: int) -> Config:
+def config(target: str, head_dim: int, block: int, *, wide: bool = False) -> Config:
     """The launches for a target ("cuda:90", "hip:gfx942", …) at a head_dim and block, before `fit`.
 
-    A CUDA target that is not in the table takes the nearest older one, another of AMD's the only one.
+    wide: for float32 instead of 16 bits. A CUDA target that is not in the table takes the nearest older one, another
+    of AMD's the only one.
     """
     table = TABLES[known(target)]
+    if wide:
+        table = _AMD_FLOAT32 if table is _AMD else _FLOAT32
     found: dict[str, Launch] = {}
-    for (kernel, wide, rows), (tile, step, warps, stages) in table.items():
-        if head_dim <= wide and block <= rows:
+    for (kernel, widest, rows), (tile, step, warps, stages) in table.items():
+        if head_dim <= widest and block <= rows:
             found.setdefault(kernel, Launch(tile=tile, rows=step, warps=warps, stages=stages))
     if len(found) < len(KERNELS):
         raise ValueError(f"head_dim must be at most 256 and block at most 1024, got {head_dim} and {block}")

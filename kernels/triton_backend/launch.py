@@ -128,7 +128,7 @@ def fitting(kernel: str, query: Tensor, tile: int, block: int) -> Launch:
     known = _fitted.get(_key(kernel, query, tile, block))
     if known is not None:
         return known
-    table = config(device_target(query), query.shape[-1], block)
+    table = config(device_target(query), query.shape[-1], block, wide=query.dtype == torch.float32)
     return fit(kernel, getattr(table, kernel), tile, block)
 
 

@@ -16,6 +16,7 @@ from ...attention.plan import HeadGroup, HeadPlan, Plan
 from ..fidelity import object_boxes, psnr, ssim
 from ..generate import generate
 from ..plans import model_shape, resolve_plan, transformers_of
+from ..settings import model_settings
 from .judge import check
 from .scenes import held_out_scenes
 
@@ -42,7 +43,7 @@ def evaluate(
     *,
     captions: int = 400,
     steps: int = 16,
-    guidance: float = 4.0,
+    guidance: float | None = None,
     frames: int = 33,
     height: int = 128,
     width: int = 128,
@@ -59,7 +60,7 @@ def evaluate(
         pipe: the loaded pipeline, nothing attached.
         plan: a plan, its path, or "auto"; None scores the stock pipeline alone.
         captions: how many; the held-out captions repeat with other seeds.
-        steps, guidance, frames, height, width: of every video.
+        steps, guidance, frames, height, width: of every video; guidance is the model's own by default.
         floors: how many captions also run with the all-block plan and with another seed, to place PSNR and SSIM.
         cache: folder of finished videos.
         report: called with stage, done, total.
@@ -74,6 +75,9 @@ def evaluate(
     """
     if captions < 1:
         raise ValueError(f"captions must be at least 1, got {captions}")
+    if guidance is None:
+        own = model_settings(pipe).guidance
+        guidance = 1.0 if own is None else own
     scenes = [str(scene) for scene in held_out_scenes()]
     items = [
         Item(

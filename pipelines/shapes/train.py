@@ -28,6 +28,7 @@ PART = Grid(frames=1, size=128, crop=80, batch=16, fresh=4, keep=8192, two_share
 SHORT = Grid(frames=9, size=128, crop=80, batch=4, fresh=0.7, two_share=0.0, span=33, shift=6.0, top_share=0.05)
 MEDIUM = Grid(frames=17, size=128, crop=96, batch=2, fresh=0.5, two_share=0.0, span=33, shift=6.0, top_share=0.1)
 STILL = Grid(frames=1, size=128, batch=8, fresh=2, keep=4096, two_share=0.05, shift=6.0, top_share=0.02)
+LONG = Grid(frames=33, size=128, crop=96, batch=1, fresh=0.4, keep=1024, two_share=0.0, shift=7.0)
 FULL = Grid(frames=33, size=128, batch=1, fresh=0.5, keep=512, two_share=0.05, shift=7.0)
 
 VAE = VaeStage()
@@ -45,12 +46,12 @@ DECODER = VaeStage(
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
-    FlowStage(name="wide", steps=9000, grids=((0.4, PART), (0.4, SHORT), (0.2, STILL))),
+    FlowStage(name="wide", steps=4500, grids=((0.4, PART), (0.4, SHORT), (0.2, STILL))),
     FlowStage(
         name="full",
-        steps=3600,
-        grids=((0.12, FULL), (0.25, MEDIUM), (0.28, SHORT), (0.15, STILL), (0.2, PART)),
-        cooldown=1500,
+        steps=4400,
+        grids=((0.06, FULL), (0.2, LONG), (0.2, MEDIUM), (0.22, SHORT), (0.12, STILL), (0.2, PART)),
+        cooldown=1800,
     ),
 )
 
