@@ -92,6 +92,18 @@ def row(kernel: str, target: str, head_dim: int, block: int) -> dict[str, Any]:
     }
 
 
+def spilled(kernel: str, target: str, head_dim: int, block: int, dtype: str) -> int:
+    """Bytes of stack, and spilled registers, of a kernel in a dtype, in the configuration that the target uses."""
+    launches = config(target, head_dim, block, wide=dtype == "fp32")
+    compiled = compile_kernel(
+        kernel, target, head_dim, block, fit(kernel, getattr(launches, kernel), TILE, block), dtype
+    )
+    if compiled.metadata.shared > DEVICES[target].shared_block:
+        raise ValueError(f"{kernel} with head_dim {head_dim} in {dtype} takes too much shared memory on {target}")
+    used = _amd(compiled) if target.startswith("hip") else _nvidia(compiled)
+    return used["stack"] + used["spills"]
+
+
 def gpu_target(target: str) -> GPUTarget:
     """ "cuda:90" or "hip:gfx942" as Triton names it."""
     backend, _, arch = target.partition(":")

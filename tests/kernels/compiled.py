@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for every target, and prints what the binaries use, one JSON line a kernel.
 
 python compiled.py <part> <parts>, in a process of its own without TRITON_INTERPRET; no GPU is needed. With --write
-it compiles all of them and writes the committed table. With `launched` it compiles what the host launches.
+it compiles all of them and writes the committed table. With `launched` it compiles what the host launches, with `wide`
+some in float32, and prints what they spill.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.gpu_targets import KERNELS, TARGETS
 from ziggurat.kernels.transpose import transpose
 from ziggurat.kernels.triton_backend import host, launch
-from ziggurat.kernels.triton_backend.binaries import BLOCKS, HEAD_DIMS, gpu_target, row
+from ziggurat.kernels.triton_backend.binaries import BLOCKS, HEAD_DIMS, gpu_target, row, spilled
 
 
 class NoGpu:
@@ -75,6 +76,11 @@ if __name__ == "__main__":
         small = Case(lists="all", tokens=1, head_dim=16, block=16, tile=16, batch=1, heads=1)
         other = Case(lists="masked", tokens=130, head_dim=80, block=32, tile=48, factors=(1, 4), layout="gaps")
         print(json.dumps([launched("cuda:90", small), launched("hip:gfx942", small), launched("cuda:80", other)]))
+        sys.exit()
+    if sys.argv[1] == "wide":
+        wide = [("forward", t, 128, 16) for t in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")]
+        wide += [("grad_query", "cuda:80", 128, 16), ("grad_rows", "cuda:80", 128, 16), ("mass", "cuda:90", 128, 64)]
+        print(json.dumps([spilled(*job, "fp32") for job in wide]))
         sys.exit()
     jobs = [(k, t, d, b) for t in TARGETS for k in KERNELS for d in HEAD_DIMS for b in BLOCKS]
     if sys.argv[1] == "--write":

@@ -42,13 +42,20 @@ def test_a_binary_meets_the_demands_and_is_no_worse_than_before(compiled, key):
     assert not binaries.worse(compiled[key], ROWS[key])
 
 
+def told(what: str):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "compiled.py"), what]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+
+def test_in_float32_nothing_spills_up_to_head_dim_128():
+    assert told("wide") == [0] * 7
+
+
 def test_what_the_host_launches_compiles():
     """Sizes of 1, which Triton makes constants of, and sizes that are no power of two."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "compiled.py"), "launched"]
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     kernels = ["attend_tile", "dot_rows", "grad_query_tile", "grad_rows_block", "sum_rows", "sum_rows", "mass_tile"]
-    assert json.loads(said) == [kernels] * 3
+    assert told("launched") == [kernels] * 3
 
 
 def test_a_change_for_the_worse_is_seen():
