@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from .jobs import Job, Store
 from .maps import make_maps
 from .models import Model, Shelf
 from .queue import Queue
+from .searching import GOALS, make_search
 from .texts import SETTINGS, estimate_line, file_url
 from .worker import Worker, make_video
 
@@ -62,7 +63,7 @@ class Studio:
                 shelf=self.shelf,
                 store=self.store,
                 estimates=self.estimates,
-                kinds={"video": make_video, "maps": make_maps},
+                kinds={"video": make_video, "maps": make_maps, "search": make_search},
                 dtype=dtype,
                 offload=offload,
             )
@@ -131,6 +132,25 @@ class Studio:
                 _copy_image(image, self.store.home(job) / INPUT)
 
         return self.queue.add("maps", ask, keep_image)
+
+    def submit_search(self, asked: Mapping[str, Any]) -> Job:
+        """Put a search in the queue: model, goal and its value (a budget in percent), families, prompts, noise_steps,
+        proofs, steps, frames and seed.
+
+        Raises ValueError for what no search could run with, `Full` where too many jobs wait.
+        """
+        model = self.shelf.model(asked["model"])
+        if asked["goal"] not in GOALS:
+            raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {asked['goal']!r}")
+        if not asked["families"]:
+            raise ValueError("families is empty: choose at least one to try")
+        value = float(asked["value"]) / (100 if asked["goal"] == "budget" else 1)
+        numbers = ("prompts", "noise_steps", "proofs", "steps", "frames", "seed")
+        ask = {**asked, "value": value, **{name: None if asked[name] is None else int(asked[name]) for name in numbers}}
+        ask["frames"] = ask["frames"] if model.video else None
+        request = Request(prompt="search", steps=ask["steps"], frames=ask["frames"], seed=ask["seed"])
+        model.complete(request, compare=True, device=self.devices[0])
+        return self.queue.add("search", ask)
 
     def again(self, job: Job) -> Job:
         """The same video once more."""

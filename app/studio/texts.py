@@ -43,6 +43,8 @@ def file_url(store: Store, job: Job, name: str, version: object = "") -> str:
 def title(job: Job, longest: int = 90) -> str:
     """A job in a line."""
     text = " ".join(str(job.ask.get("prompt") or job.kind).split())
+    if job.kind == "search":
+        text = f"search: {job.ask['goal'].replace('_', ' ')} {job.ask['value']:g}, {job.ask['model']}"
     if job.kind == "maps":
         text = f"attention maps of layer {job.ask['layer']}: {text}"
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
@@ -151,6 +153,17 @@ def python_code(store: Store, job: Job, model: str) -> str:
         "from ziggurat.pipelines.media import write_video\n\n"
         f"made = generate(\n    {model!r},\n    {job.ask['prompt']!r},\n{lines})\n"
         f"write_video({'video.png' if job.ask.get('frames') in (None, 1) else 'video.mp4'!r}, made.frames, made.fps)\n"
+    )
+
+
+def recipe(store: Store, job: Job, model: str) -> str:
+    """Both of these, each with a button that copies it."""
+    parts = (("As a command line", command_line(store, job, model)), ("As Python", python_code(store, job, model)))
+    return "".join(
+        f"<section class='zg-code'><div><span>{title}</span><button type='button' data-copy"
+        f" aria-label='Copy: {title}'>Copy</button></div><pre tabindex='0' aria-label='{title}'>{escape(text)}</pre>"
+        "</section>"
+        for title, text in parts
     )
 
 

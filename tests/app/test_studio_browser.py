@@ -90,7 +90,9 @@ def test_generate_and_compare(page, served, sparse_plan, tmp_path, wait_until):
         page.get_by_text("Download dense").click()
     assert Path(download.value.path()).read_bytes() == (studio.store.home(job) / "dense.mp4").read_bytes()
     page.get_by_text("Make it again elsewhere").click()
-    assert "--compare" in page.get_by_label("As a command line").input_value()
+    assert "--compare" in page.get_by_label("As a command line", exact=True).inner_text()
+    page.get_by_label("Copy: As Python").click()
+    page.get_by_text("Copied").wait_for()
     page.get_by_text("Reuse this seed").click()
     page.wait_for_function(f"[...document.querySelectorAll('input')].some(i => i.value === '{job.ask['seed']}')")
     check(page, "Compare with dense attention", False)
@@ -164,6 +166,28 @@ def test_plan_and_its_attention_maps(page, served, sparse_plan, tmp_path, wait_u
     # By the keyboard too.
     page.get_by_label("layer 1, head 0: window").press("Enter")
     page.wait_for_selector("#map img[alt^='Attention map of layer 1, head 0']")
+
+
+def test_a_short_search(page, served, wait_until):
+    studio, _ = served
+    page.get_by_role("tab", name="Search").click()
+    for family in ("stripe", "skip", "topk", "precise", "loglinear", "pyramid"):
+        page.get_by_label(family, exact=True).uncheck()
+    fill(page, "Steps of a run", 2)
+    page.get_by_label("number input for Prompts to measure on").fill("1")
+    page.get_by_label("number input for Steps to measure at").fill("1")
+    page.wait_for_timeout(300)
+    page.click("#search")
+    page.wait_for_selector("#front circle")
+    job = newest(studio)
+    assert (job.kind, job.ask["families"], job.ask["steps"]) == ("search", ["window"], 2)
+    assert page.frame_locator("#report iframe").locator("body").inner_text()
+    other = next(i for i in range(len(job.result["front"])) if i != job.result["chosen"])
+    page.locator(f"#front [data-point='{other}']").press("Enter")
+    wait_until(lambda: str(other) in job.result["plans"])
+    name = job.result["plans"][str(other)]
+    page.get_by_role("tab", name="Generate").click()
+    page.wait_for_function(f"[...document.querySelectorAll('input')].some(i => i.value === '{name}')")
 
 
 def test_history(page, served, wait_until):

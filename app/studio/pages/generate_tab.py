@@ -90,8 +90,7 @@ class GenerateTab:
                 self.figures = html("", elem_id="figures", label="Figures")
                 self.reuse = gr.Button("Reuse this seed", size="sm", visible=False)
                 with gr.Accordion("Make it again elsewhere", open=False, visible=False) as self.recipe:
-                    self.command = gr.Textbox(label="As a command line", lines=3, interactive=False, buttons=["copy"])
-                    self.python = gr.Textbox(label="As Python", lines=9, interactive=False, buttons=["copy"])
+                    self.code = html("", elem_id="code", label="Code", js_on_load=script("copy.js"))
                 with gr.Accordion("Queue", open=True):
                     self.line = html("", elem_id="queue", label="Queue", js_on_load=script("clicks.js"))
         self.fields = [
@@ -211,7 +210,7 @@ class GenerateTab:
         """What `look` returns values for."""
         return [
             *(self.progress, self.stops, self.keep, self.preview, self.player, self.figures, self.reuse, self.recipe),
-            *(self.command, self.python, self.line),
+            *(self.code, self.line),
         ]
 
     def look(self, shown: str | None) -> list[Any]:
@@ -224,11 +223,10 @@ class GenerateTab:
         if studio.queue.trouble:
             state += f"<p class='zg-state zg-error' role='alert'>{texts.escape(studio.queue.trouble)}</p>"
         made = job if job is not None and job.made and job.kind == "video" else None
-        recipe = ["", ""]
+        code = ""
         if made:
             model = studio.shelf.models.get(made.ask["model"])
-            known = model.known if model else made.ask["model"]
-            recipe = [texts.command_line(studio.store, made, known), texts.python_code(studio.store, made, known)]
+            code = texts.recipe(studio.store, made, model.known if model else made.ask["model"])
         screens = studio.screens(job)
         return [
             state,
@@ -239,7 +237,7 @@ class GenerateTab:
             texts.figures(job),
             gr.update(visible=bool(made)),
             gr.update(visible=bool(made)),
-            *recipe,
+            code,
             texts.line(studio.queue.running(), studio.queue.waiting()),
         ]
 

@@ -104,7 +104,7 @@ class HistoryTab:
 
     def look(self, chosen: str | None) -> str:
         """The gallery as it is now."""
-        jobs = [job for job in self.studio.queue.all() if job.kind != "maps"]
+        jobs = [job for job in self.studio.queue.all() if job.kind == "video"]
         return texts.gallery(self.studio.store, jobs[:MOST], chosen)
 
 

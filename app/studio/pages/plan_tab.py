@@ -152,6 +152,10 @@ class PlanTab:
         about = f"Attention map of layer {chosen[0]}, head {chosen[1]} at step {step}"
         return f"<figure class='zg-map'><img src='{address}' alt='{about}'><figcaption>{CAPTION}</figcaption></figure>"
 
+    def offer(self) -> Any:
+        """The plans that there are by now."""
+        return gr.update(choices=self.studio.shelf.plan_names())
+
     @property
     def watched(self) -> list[Any]:
         """What `watch` returns values for."""

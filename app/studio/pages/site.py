@@ -13,6 +13,7 @@ from .guard import Guard
 from .history_tab import HistoryTab
 from .look import CSS, theme
 from .plan_tab import PlanTab
+from .search_tab import SearchTab
 
 POLL_SECONDS = 1.0
 
@@ -31,15 +32,20 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs(selected="generate") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(studio)
-            with gr.Tab("Plan", id="plan"):
+            with gr.Tab("Plan", id="plan") as plan_page:
                 plans = PlanTab(studio)
+            with gr.Tab("Search", id="search"):
+                searches = SearchTab(studio)
             with gr.Tab("History", id="history"):
                 history = HistoryTab(studio, generate)
-        watched = [*generate.watched, history.gallery]
+        watched = [*generate.watched, history.gallery, *searches.watched]
         history.wire(tabs)
+        searches.wire(generate.plan, plans.plan)
 
-        def look(shown: str | None, chosen: str | None, seen: dict[int, Any]) -> list[Any]:
-            found = [*generate.look(shown), history.look(chosen)]
+        def look(
+            shown: str | None, chosen: str | None, search: str | None, picked: int | None, seen: dict[int, Any]
+        ) -> list[Any]:
+            found = [*generate.look(shown), history.look(chosen), *searches.look(search, picked)]
             # What did not change is not sent: a page that is drawn anew loses the keyboard's place.
             fresh = [value if seen.get(i) != value else gr.skip() for i, value in enumerate(found)]
             return [*fresh, dict(enumerate(found))]
@@ -51,25 +57,28 @@ def build(studio: Studio) -> gr.Blocks:
             return [*plans.look_at_head(model, plan, chosen)[1:], now]
 
         def first() -> list[Any]:
-            jobs = studio.queue.all()
-            videos = [job for job in jobs if job.kind == "video"]
-            at_work = studio.queue.running() + studio.queue.waiting()
+            videos = [job for job in studio.queue.all() if job.kind == "video"]
+            at_work = [job for job in studio.queue.running() + studio.queue.waiting() if job.kind == "video"]
             shown = next(iter(at_work or [job for job in videos if job.made] or videos), None)
             latest = next(iter(videos), None)
             fields = generate.load(latest)
             name = shown.id if shown else None
-            found = [*generate.look(name), history.look(None)]
+            search = searches.latest()
+            found = [*generate.look(name), history.look(None), *searches.look(search, None)]
             estimate = generate.first_estimate(latest)
-            return [name, estimate, *fields, *found, dict(enumerate(found))]
+            return [name, search, estimate, *fields, *found, dict(enumerate(found))]
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-        page.load(first, None, [generate.shown, generate.estimate, *generate.fields, *watched, signs], **quiet)
+        page.load(
+            first, None, [generate.shown, searches.shown, generate.estimate, *generate.fields, *watched, signs], **quiet
+        )
         page.load(
             lambda: plans.look(next(iter(studio.shelf.models)), "auto", None),
             None,
             [plans.heat, plans.about, plans.summary, plans.head, *plans.watched],
             **quiet,
         )
+        plan_page.select(plans.offer, None, plans.plan, **quiet)
         maps_seen = gr.State(None)
         clock = gr.Timer(POLL_SECONDS)
         clock.tick(
@@ -79,7 +88,8 @@ def build(studio: Studio) -> gr.Blocks:
             trigger_mode="once",
             **quiet,
         )
-        clock.tick(look, [generate.shown, history.chosen, signs], [*watched, signs], trigger_mode="once", **quiet)
+        states = [generate.shown, history.chosen, searches.shown, searches.picked, signs]
+        clock.tick(look, states, [*watched, signs], trigger_mode="once", **quiet)
         add_api(studio)
     return page
 
@@ -91,9 +101,8 @@ def serve(
     port: int | None,
     share: bool = False,
     auth: list[tuple[str, str]] | None = None,
-    wait: bool = True,
 ) -> tuple[gr.Blocks, str]:
-    """Serve the pages; returns them and their address, at once unless `wait`."""
+    """Serve the pages; returns them and their address."""
     from starlette.middleware import Middleware
 
     page = build(studio)
