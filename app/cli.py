@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .kernels import kernels
 from .models import models
+from .plan import app as plan
 from .search import search
 from .train import app as train
 
@@ -29,6 +30,7 @@ app.command()(evaluate)
 app.command()(models)
 app.command()(kernels)
 app.command()(doctor)
+app.add_typer(plan, name="plan")
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .fidelity import Row
+from .heatmap import save
 
 
 def draw(rows: Sequence[Row], path: Path, *, order: str | None = None) -> Path:
@@ -39,13 +39,7 @@ def draw(rows: Sequence[Row], path: Path, *, order: str | None = None) -> Path:
             panel.grid(visible=True, which="both", alpha=0.2)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=110)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return save(figure, path)
 
 
 def _least(rows: Sequence[Row]) -> list[Row]:
