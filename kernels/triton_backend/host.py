@@ -168,33 +168,31 @@ def masses(inputs: Inputs, lse: Tensor, query_rows: Tensor, block: int) -> Tenso
     """Softmax mass of each query tile on each level-0 block: float32 [B, H, T, blocks]."""
     query = inputs.query
     batch, heads, queries, _ = query.shape
-    # A program holds one tile and whole blocks, so that larger ones are cut, and their masses added.
+    # A step holds whole blocks, so that larger ones are cut, and their masses added.
     part = block // next(n for n in range(-(-block // 128), block + 1) if block % n == 0)
-    tile = min(query_rows.shape[2], 128)
-    cut = torch.nn.functional.pad(query_rows, (0, -query_rows.shape[2] % tile), value=-1)
-    cut = cut.view(query_rows.shape[0], -1, tile)
-    tiles, columns = cut.shape[1], inputs.level_rows // part
+    tiles, tile = query_rows.shape[1:]
+    columns = inputs.level_rows // part
     result = query.new_empty(batch, heads, tiles, columns, dtype=torch.float32)
 
     def arguments(launch: Launch) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
         given = (
-            *(query, inputs.key, inputs.key_rows, inputs.log_weight, cut, lse, result, scale_log2(inputs.scale)),
-            *(heads, tiles, queries, inputs.level_rows, columns, *strides(query, inputs.key), *inputs.broadcasts(cut)),
+            *(query, inputs.key, inputs.key_rows, inputs.log_weight, query_rows, lse, result),
+            *(scale_log2(inputs.scale), heads, tiles, queries, inputs.level_rows, columns),
+            *(*strides(query, inputs.key), *inputs.broadcasts(query_rows)),
         )
         return (
             batch * heads * tiles,
             given,
             {
                 **constants(query, part, inputs.compute),
-                **{"TILE": launch.tile, "ROWS": launch.rows, "LIST_TILE": tile},
+                **{"TILE": launch.tile, "ROWS": launch.rows, "LIST_TILE": tile, "PARTS": -(-tile // launch.tile)},
                 "PADDED": 1 << (part - 1).bit_length(),
             },
         )
 
     if columns:
         run("mass", mass_tile, query, tile, part, arguments)
-    summed = result.unflatten(3, (-1, block // part)).sum(4) if part != block else result
-    return summed.unflatten(2, (query_rows.shape[1], -1)).sum(3) if tiles != query_rows.shape[1] else summed
+    return result.unflatten(3, (-1, block // part)).sum(4) if part != block else result
 
 
 def _list(blocks: BlockList, every: Tensor) -> tuple[Tensor, ...]:
