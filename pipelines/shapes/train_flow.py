@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from ...kernels.fused import has_amx
 from .data import draw_clips
 from .guide import FEATURES, describe
 from .muon import StackedMuon
@@ -98,8 +99,8 @@ def padding_log_weight(mask: Tensor) -> Tensor:
 
 @contextmanager
 def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
-    """Within it, Wan's attention on short clips is two batched products around a softmax: a CPU's fused kernel has a
-    backward that only pays where the scores no longer fit into its cache."""
+    """Within it, Wan's attention is two batched products around a softmax. A CPU's fused kernel has a backward that
+    pays only with AMX, where the scores no longer fit into the cache; elsewhere it takes twice as long."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         batch, rows, heads, dim = query.shape
@@ -107,7 +108,7 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
         if key.shape[1] == text_log_weight.shape[2]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
             scores = torch.baddbmm(bias, q * dim**-0.5, k.transpose(1, 2))
-        elif rows >= FUSED_ROWS:
+        elif rows >= FUSED_ROWS and has_amx():
             fused = nn.functional.scaled_dot_product_attention(q, k, v)
             return fused.view(batch, heads, rows, dim).transpose(1, 2)
         else:
