@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..kernels.pyramid import build_pyramid
 from .grid import TokenGrid
-from .plan import HeadGroup, HeadPlan, Plan
+from .plan import Grid, HeadGroup, HeadPlan, Plan
 from .rest import pool_rest
 from .rows import lay_out
 from .select import DynamicSelector
@@ -17,7 +18,7 @@ from .select import DynamicSelector
 HEAD_DIM = 16
 
 
-def expected_density(group: HeadGroup, entry: HeadPlan, grid: tuple[int, int, int]) -> float:
+def expected_density(group: HeadGroup, entry: HeadPlan, grid: Grid) -> float:
     """List density of an entry of a group on a grid (frames, height, width), its rest included.
 
     Exact for static selectors. Of dynamic ones the budget tells it, so that it is taken on noise; of those whose budget
@@ -29,7 +30,7 @@ def expected_density(group: HeadGroup, entry: HeadPlan, grid: tuple[int, int, in
 
 
 @functools.lru_cache(maxsize=1024)
-def _expected(group: HeadGroup, entry: HeadPlan, grid: tuple[int, int, int]) -> float:
+def _expected(group: HeadGroup, entry: HeadPlan, grid: Grid) -> float:
     layout = lay_out(TokenGrid.video(*grid), group.order, tile=group.tile, block=group.block)
     own = group.model_copy(update={"entries": (entry,), "factors": ()})
     factors = HeadGroup.model_validate(own.model_dump()).levels(layout.blocks * layout.block)
@@ -46,12 +47,21 @@ def _expected(group: HeadGroup, entry: HeadPlan, grid: tuple[int, int, int]) -> 
     return blocks.density(pyramid)
 
 
-def plan_density(plan: Plan, grid: tuple[int, int, int]) -> float:
-    """Mean list density of a plan's heads on a grid, dense layers counted whole; steps that run dense are not."""
-    total = 0.0
+def head_densities(plan: Plan, grid: Grid | None = None) -> list[list[float]]:
+    """The list density to expect of each [layer][head] on a grid, the plan's own by default; 1 in layers left to the
+    host. Steps that run dense are not counted."""
+    found = []
     for layer in plan.layers:
-        if layer.dense is not None:
-            total += plan.heads
+        row = [1.0] * plan.heads
         for group in layer.groups:
-            total += sum(expected_density(group, entry, grid) * len(entry.heads) for entry in group.entries)
-    return total / (len(plan.layers) * plan.heads)
+            for entry in group.entries:
+                density = expected_density(group, entry, grid or plan.grid)
+                for head in entry.heads:
+                    row[head] = density
+        found.append(row)
+    return found
+
+
+def mean_density(densities: Sequence[Sequence[float]]) -> float:
+    """Of all layers and heads."""
+    return sum(map(sum, densities)) / sum(map(len, densities))

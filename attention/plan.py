@@ -23,6 +23,8 @@ MAX_BYTES = 32 << 20
 
 Positive = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, Field(max_length=2000)]
+Grid = tuple[int, int, int]
+"""Frames, height and width in latent patches."""
 Figures = dict[Annotated[str, Field(max_length=100)], Annotated[float, Field(allow_inf_nan=False)]]
 
 
@@ -131,7 +133,10 @@ class Plan(_Part):
 
     model_class: the diffusers transformer class, e.g. "WanTransformer3DModel"; config_hash: of its configuration.
     heads, head_dim: of every layer. layers: one entry for each self-attention layer, in order.
+    expert: of a pipeline's transformers the one that it is for ("transformer_2"); None = each of them.
     grid: (frames, height, width) in latent patches that the plan was made for; it runs on any other.
+    text_length, guidance: text tokens in the sequence of self-attention and guidance scale where it was made. They bind
+        nothing: text is always read whole, and each branch of guidance has dynamic lists of its own.
     predicted, measured: finite figures by name (error, seconds, density, ...).
     """
 
@@ -142,7 +147,10 @@ class Plan(_Part):
     config_hash: Text | None = None
     heads: Positive
     head_dim: Positive
+    expert: Text | None = None
     grid: tuple[Positive, Positive, Positive]
+    text_length: Annotated[int, Field(ge=0)] | None = None
+    guidance: float | None = None
     schedule: Schedule = Schedule()
     predicted: Figures = Field(default_factory=dict)
     measured: Figures = Field(default_factory=dict)

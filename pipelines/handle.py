@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..attention.plan import Plan
+from ..attention.expect import head_densities, mean_density
+from ..attention.plan import Grid, Plan
 from ..attention.reuse import MAX_CACHE_BYTES
 from ..attention.run import PlanRun
+from ..attention.tell import sizes
 from .clock import RunClock
 from .models import row_of
-from .plans import Grid, model_shape, resolve_plan, transformers_of
+from .plans import fitting, model_shape, resolve_plan, transformers_of
 from .routing import StepRecord, TransformerRun, attached
 from .ulysses import own_plan
 
@@ -19,11 +22,25 @@ from .ulysses import own_plan
 class Handle:
     """A plan at work on a pipeline; also a context manager that detaches on leaving."""
 
-    def __init__(self, pipe: Any, plan: Plan, source: str, *, backend: str, timing: bool, max_cache_bytes: int):
+    def __init__(
+        self,
+        pipe: Any,
+        plan: Plan,
+        source: str,
+        *,
+        grid: Grid | None,
+        backend: str,
+        timing: bool,
+        max_cache_bytes: int,
+    ):
         self.plan, self.source, self.timing = plan, source, timing
+        self._grid = grid
+        every = transformers_of(pipe)
+        transformers = {name: every[name] for name in fitting(plan, pipe)}
+        self._stock = [name for name in every if name not in transformers]
         plan_runs = {
             name: PlanRun(own_plan(plan, transformer), backend=backend, max_cache_bytes=max_cache_bytes)
-            for name, transformer in transformers_of(pipe).items()
+            for name, transformer in transformers.items()
         }
 
         def free() -> None:
@@ -33,7 +50,7 @@ class Handle:
         self._clock = RunClock(pipe, free)
         self._runs = {
             name: TransformerRun(transformer, row_of(transformer), plan, plan_runs[name], self._clock, timing=timing)
-            for name, transformer in transformers_of(pipe).items()
+            for name, transformer in transformers.items()
         }
         self._attached = True
 
@@ -101,12 +118,32 @@ class Handle:
         """One line per layer: sparse, dense or why not; and the density and memory of the latest run."""
         density = "no run yet" if self.density is None else f"density {self.density:.1%} over {len(self.steps)} steps"
         lines = [f"plan {self.source}: {density}"]
+        lines += [f"{name}: stock attention, the plan is for {self.plan.expert} alone" for name in self._stock]
+        lines += self._extrapolation()
         for name, run in self._runs.items():
             prefix = f"{name} " if len(self._runs) > 1 else ""
             if memory := run.describe_memory():
                 lines.append(f"{prefix}{memory}")
             lines += [f"{prefix}layer {index} {run.describe(index)}" for index in range(len(run.paths))]
         return "\n".join(lines)
+
+    def _extrapolation(self) -> list[str]:
+        """Where the plan runs at another size than it was made for: that it does, and what it reads there."""
+        made = self.plan.grid
+        grids = [grid for run in self._latest() for grid in run.visual_grids] or [self._grid or made]
+        other = next((grid for grid in grids if grid != made), None)
+        if other is None:
+            return []
+        if self.density is None:
+            reads = f"list density {mean_density(head_densities(self.plan, other)):.1%} is to be expected"
+        else:
+            reads = f"list density {self.list_density:.1%}"
+        if known := self.plan.predicted.get("list_density"):
+            reads += f", {known:.1%} where it was made"
+        return [
+            f"extrapolates: made for {sizes(made)} latent patches, runs at {sizes(other)}, "
+            f"{math.prod(other) / math.prod(made):.2g} times the tokens; shares hold, sizes in patches stay; {reads}"
+        ]
 
     def schedule(self) -> str:
         """What each step of the latest run does by the plan's schedule, such as "30 steps: 0-5 dense, 6-29 reuse"."""
@@ -129,15 +166,14 @@ def attach(
     dense steps, dense layers and cross-attention keep the attention backend chosen in diffusers. `timing` measures the
     seconds spent in attention; on a GPU that synchronises around each call. `max_cache_bytes` is the most memory that
     the lists and corrections of a guidance branch may take between steps; beyond it they are rebuilt instead of kept.
-    Both transformers of a two-expert pipeline run the plan. Attach before torch.compile, or reset Dynamo afterwards.
+    Both transformers of a two-expert pipeline run the plan, unless it names the one that it is for: then the other may
+    be given a plan of its own. Attach before torch.compile, or reset Dynamo afterwards. A plan runs at any size;
+    `summary` tells where that is not the one that it was made for.
     Raises ValueError where the plan is not for this model, or the pipeline is attached already; then nothing changed.
     """
-    source, chosen = "", plan
-    for name, transformer in transformers_of(pipe).items():
-        shape = model_shape(transformer)
-        if attached(transformer):
+    transformers = transformers_of(pipe)
+    source, chosen = resolve_plan(plan, model_shape(next(iter(transformers.values()))), grid)
+    for name in fitting(chosen, pipe):
+        if attached(transformers[name]):
             raise ValueError(f"pipe already has a plan on its {name}: detach that handle first")
-        found, chosen = resolve_plan(chosen, shape, grid)
-        source = source or found
-    assert isinstance(chosen, Plan)
-    return Handle(pipe, chosen, source, backend=backend, timing=timing, max_cache_bytes=max_cache_bytes)
+    return Handle(pipe, chosen, source, grid=grid, backend=backend, timing=timing, max_cache_bytes=max_cache_bytes)

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.plan import Plan
+from ..attention.dense import Dense
+from ..attention.plan import Grid, HeadGroup, HeadPlan, Plan
 from .models import row_of
 from .modules import attention_modules, heads_of
 
-Grid = tuple[int, int, int]
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
@@ -104,19 +104,39 @@ def _find(shape: ModelShape, grid: Grid | None) -> tuple[Path, Plan] | None:
 
 
 def resolve_plan(plan: Plan | str | Path, shape: ModelShape, grid: Grid | None = None) -> tuple[str, Plan]:
-    """The plan that `plan` stands for, and in words where it came from.
+    """The plan that `plan` stands for, and in words where it came from; that it fits is the word of `fitting`.
 
-    Raises ValueError where there is no such plan, or it is for another model.
+    Raises ValueError where there is no such plan.
     """
     if isinstance(plan, Plan):
-        plan.check(**asdict(shape))
         return plan.name or "given", plan
     if plan != "auto":
-        found = Plan.load(plan)
-        found.check(**asdict(shape))
-        return str(plan), found
+        return str(plan), Plan.load(plan)
     shipped = _find(shape, grid)
     if shipped is None:
         names = ", ".join(path.name for path in shipped_plans()) or "none"
         raise ValueError(f"plan 'auto' found no shipped plan for {shape} (shipped: {names}); give a plan file")
     return str(shipped[0]), shipped[1]
+
+
+def fitting(plan: Plan, pipe: Any) -> list[str]:
+    """Names of the pipeline's transformers that the plan is for: each of them, unless it names one.
+
+    Raises ValueError, naming the field, where it is for another model.
+    """
+    transformers = transformers_of(pipe)
+    if plan.expert is not None and plan.expert not in transformers:
+        raise ValueError(
+            f"plan is for another model: its expert is {plan.expert!r}, the model has {' and '.join(transformers)}; "
+            "use a plan made for this model"
+        )
+    names = [name for name in transformers if plan.expert in (None, name)]
+    for name in names:
+        plan.check(**asdict(model_shape(transformers[name])))
+    return names
+
+
+def all_block_plan(shape: ModelShape) -> Plan:
+    """The plan that reads everything through our own kernel: the error and time of a plan that leaves nothing out."""
+    group = HeadGroup(entries=(HeadPlan(heads=tuple(range(shape.heads)), selector=Dense()),))
+    return Plan.uniform([group], name="all blocks", grid=(1, 1, 1), **asdict(shape))

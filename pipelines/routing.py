@@ -226,6 +226,12 @@ class TransformerRun:
             return with_exact_text(out, call, grid)
         return out
 
+    @property
+    def visual_grids(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width in latent patches of the visual segments that the latest run had."""
+        found = [self._grids[key] for key in self._grids if key[0] in self._measures]
+        return [segment.grid for grid in found if isinstance(grid, TokenGrid) for segment in grid.visual]
+
     def in_run(self, number: int) -> bool:
         """Whether this transformer has taken part in that run of the clock."""
         return number > 0 and self._run == number

@@ -106,7 +106,8 @@ class Proof(_Record):
 class Findings(_Record):
     """Everything a search found; `plan` makes any point of the front into a plan.
 
-    shape: of the model. grid: frames, height, width in latent patches. prompts: calibrated on; held_out: proved on.
+    shape: of the model; expert: of its transformers the one searched, None if there is but one. text_length, guidance:
+    see `Plan`. grid: frames, height, width in latent patches. prompts: calibrated on; held_out: proved on.
     noise_levels: captured. sampled_rows: query rows measured at each call, of `tokens`.
     errors: ‖O - O*‖ / ‖O*‖ at the chosen quantile over prompts, steps and branches. recalls: mean share of the dense
     softmax mass that is read at level 0. densities: mean. weights: how much a head's relative error moves the final
@@ -117,6 +118,7 @@ class Findings(_Record):
     """
 
     shape: ModelShape
+    expert: str | None = None
     text_length: int | None = None
     guidance: float | None = None
     grid: tuple[int, int, int]

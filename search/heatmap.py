@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ..attention.expect import expected_density
+from ..attention.expect import head_densities
 from ..attention.plan import Plan
+from ..attention.tell import STOCK, families
 from ..pipelines.media import whole
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ COLOURS = {
     "pyramid": "#4d7c0f",
 }
 """Of the selectors' families, everywhere."""
-STOCK = "stock"
-"""What the heads of a layer without groups count as."""
 GREY, HATCH, INK = "#e5e7eb", "#9ca3af", "#1e293b"
 MOST_NUMBERS = 480
 """Squares of a heatmap that still have room for a number."""
@@ -44,33 +43,6 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def families(plan: Plan) -> list[list[str]]:
-    """The selector's name for each [layer][head]; STOCK in layers that are left to the host's attention."""
-    found = []
-    for layer in plan.layers:
-        row = [STOCK] * plan.heads
-        for group in layer.groups:
-            for entry in group.entries:
-                for head in entry.heads:
-                    row[head] = entry.selector.name
-        found.append(row)
-    return found
-
-
-def expected(plan: Plan) -> list[list[float]]:
-    """The list density to expect of each [layer][head] on the plan's own grid; 1 in layers left to the host."""
-    found = []
-    for layer in plan.layers:
-        row = [1.0] * plan.heads
-        for group in layer.groups:
-            for entry in group.entries:
-                density = expected_density(group, entry, plan.grid)
-                for head in entry.heads:
-                    row[head] = density
-        found.append(row)
-    return found
-
-
 def heatmap(plan: Plan, densities: Sequence[Sequence[float]] | None = None) -> Figure:
     """Layers down, heads across: each head's family as a hue, the paler the lower its list density.
 
@@ -83,7 +55,7 @@ def heatmap(plan: Plan, densities: Sequence[Sequence[float]] | None = None) -> F
     from matplotlib.patches import Patch, Rectangle
 
     names = families(plan)
-    density = np.array(expected(plan) if densities is None else densities, dtype=float)
+    density = np.array(head_densities(plan) if densities is None else densities, dtype=float)
     rows, columns = len(plan.layers), plan.heads
     if density.shape != (rows, columns):
         raise ValueError(f"densities must be [{rows} layers][{columns} heads], got {list(density.shape)}")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..attention.dense import Dense
-from ..attention.plan import HeadGroup, HeadPlan, Plan
+from ..attention.plan import Plan
 from ..pipelines.fidelity import psnr, ssim
 from ..pipelines.generate import Generation, generate
-from ..pipelines.plans import model_shape, transformers_of
+from ..pipelines.plans import all_block_plan, model_shape, transformers_of
 from .findings import Proof
 
 
@@ -36,9 +35,7 @@ class Prover:
     def prove(self, plan: Plan, point: int) -> tuple[Proof, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """The plan's figures, medians over the prompts; and each prompt's dense video and the plan's."""
         made: dict[str, Generation] = {}
-        shape = model_shape(next(iter(transformers_of(self.pipe).values())))
-        everything = HeadGroup(entries=(HeadPlan(heads=tuple(range(shape.heads)), selector=Dense()),))
-        own = Plan.uniform([everything], name="all blocks", grid=(1, 1, 1), **asdict(shape))
+        own = all_block_plan(model_shape(next(iter(transformers_of(self.pipe).values()))))
         for number, prompt in enumerate(self.prompts):
             # One after another for each prompt, so that a slow moment of the machine falls on all three.
             if prompt not in self._stock:

@@ -69,6 +69,7 @@ def search(
     prompts: Sequence[str] | None = None,
     held_out: Sequence[str] | None = None,
     candidates: Sequence[Candidate] | str | Path | None = None,
+    expert: str | None = None,
     noise_steps: int = 3,
     steps: int | None = None,
     frames: int | None = None,
@@ -93,6 +94,8 @@ def search(
             that reaches it.
         prompts: to calibrate on; held_out: to prove on (the first `proofs` of them; 0 = no proof).
         candidates: what to try for each head, or a TOML file of it.
+        expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
+            one alone.
         noise_steps: how many denoising steps to measure at, spread over the sparse ones.
         steps, frames, height, width, guidance: of every run, the model's own by default.
         schedule: of the plan.
@@ -112,7 +115,11 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     pipe = _loaded(model)
     pipe.set_progress_bar_config(disable=True)
-    transformer = next(iter(transformers_of(pipe).values()))
+    experts = transformers_of(pipe)
+    if expert is not None and expert not in experts:
+        raise ValueError(f"expert must be one of {' and '.join(experts)}, got {expert!r}")
+    name = expert or next(iter(experts))
+    transformer = experts[name]
     if attached(transformer):
         raise ValueError("pipe already has a plan on its transformer: detach that handle first")
     shape = model_shape(transformer)
@@ -151,6 +158,7 @@ def search(
     )
     found = Findings(
         shape=shape,
+        expert=name if len(experts) > 1 else None,
         text_length=captured.text_length,
         guidance=captured.guidance,
         grid=captured.grid,

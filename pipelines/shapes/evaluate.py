@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...attention.dense import Dense
-from ...attention.plan import HeadGroup, HeadPlan, Plan
+from ...attention.plan import Plan
 from ..fidelity import object_boxes, psnr, ssim
 from ..generate import generate
-from ..plans import model_shape, resolve_plan, transformers_of
+from ..plans import all_block_plan, fitting, model_shape, resolve_plan, transformers_of
 from ..settings import model_settings
 from .judge import check
 from .scenes import held_out_scenes
@@ -100,6 +99,7 @@ def evaluate(
         return result
     shape = model_shape(next(iter(transformers_of(pipe).values())))
     source, plan = resolve_plan(plan, shape)
+    fitting(plan, pipe)
     sparse = [studio.video(item, plan) for item in _told(items, "plan", report)]
     judged_sparse = [check(video, item.caption) for item, (video, _) in zip(items, sparse, strict=True)]
     kept = [after.right for before, after in zip(judged, judged_sparse, strict=True) if before.right]
@@ -117,12 +117,6 @@ def evaluate(
             "other_seed": _fidelity(reference, [two for _, two in pairs]),
         }
     return result
-
-
-def all_block_plan(shape: Any) -> Plan:
-    """The plan that reads everything through our own kernel: the error of a plan that leaves nothing out."""
-    group = HeadGroup(entries=(HeadPlan(heads=tuple(range(shape.heads)), selector=Dense()),))
-    return Plan.uniform([group], name="all blocks", grid=(1, 1, 1), **asdict(shape))
 
 
 class _Studio:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from ziggurat.app.cli import main
-from ziggurat.app.plan import differences, ranges
 from ziggurat.attention.order import TokenOrder
 from ziggurat.attention.plan import HeadGroup, HeadPlan, LayerPlan, Plan
 from ziggurat.attention.schedule import Schedule
+from ziggurat.attention.tell import differences, ranges
 from ziggurat.attention.topk import TopK
 from ziggurat.attention.window import Window
 from ziggurat.pipelines.plans import model_shape
@@ -51,6 +51,21 @@ def test_show_tells_layers_heads_and_figures(mixed, tmp_path, capsys):
     assert found["density"] == pytest.approx(sum(map(sum, found["densities"])) / 4)
     with Image.open(picture) as image:
         assert image.format == "PNG"
+
+
+def test_show_tells_what_to_expect_at_another_size(sparse_plan, tmp_path, capsys):
+    path = sparse_plan().save(tmp_path / "plan.json")
+    assert call("plan", "show", path, "--grid", "5x8x6", "--json") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    here = json.loads(last)
+    assert here["on"] == [5, 8, 6]
+    assert call("plan", "show", path, "--json") == 0
+    own = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # A window of two by three patches reads a smaller share of a larger grid.
+    assert here["density"] < own["density"]
+    assert any(line.startswith("density") and "on 5x8x6, which it was not made for" in line for line in lines)
+    assert call("plan", "show", path, "--grid", "5x8") != 0
+    assert "17x16x16" in capsys.readouterr().err
 
 
 def test_show_says_equal_layers_once(sparse_plan, tmp_path, capsys):

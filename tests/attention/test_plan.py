@@ -55,6 +55,19 @@ def test_survives_its_file(tmp_path: Path):
     assert data["layers"][1]["groups"][0]["factors"] == [1, 16]
 
 
+def test_what_it_was_made_for_survives_and_is_left_out_where_unknown():
+    text = example().to_json()
+    assert not {"expert", "text_length", "guidance"} & json.loads(text).keys()
+    told = example().model_copy(update={"expert": "transformer_2", "text_length": 0, "guidance": 4.0})
+    assert Plan.from_json(told.to_json()) == told
+    assert Plan.from_json(told.to_json()).to_json() == told.to_json()
+
+
+def test_the_shipped_plan_keeps_its_text():
+    path = Path(__file__).parents[2] / "assets/plans/shapes-windows.json"
+    assert Plan.load(path).to_json() == path.read_text(encoding="utf-8")
+
+
 def test_hand_written_shorthand_becomes_one_text():
     data = json.loads(example().to_json())
     group = data["layers"][1]["groups"][0]
@@ -143,6 +156,9 @@ ENTRY = "layers.1.groups.0.entries.0"
     ("grid", [17, 16], "grid"),
     ("heads", 5, r"layers.1.groups must hold each of the 5 heads once, wrong are \[4\]"),
     ("heads", 10**9, "heads"),
+    ("expert", 2, "expert"),
+    ("text_length", -1, "text_length"),
+    ("guidance", float("inf"), "guidance"),
     ("surprise", 1, "surprise"),
     (f"{ENTRY}.heads", [0, 1], "heads once"),
     (f"{ENTRY}.heads", [], f"{ENTRY}.heads"),

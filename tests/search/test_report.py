@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ziggurat.attention.expect import head_densities
 from ziggurat.attention.plan import Plan
 from ziggurat.attention.selectors import SELECTORS
 from ziggurat.search import figures, tables
-from ziggurat.search.heatmap import COLOURS, STOCK, _outline, attention_map, expected, families, heatmap, save
+from ziggurat.search.heatmap import COLOURS, STOCK, _outline, attention_map, families, heatmap, save
 from ziggurat.search.report import write_report
 
 
@@ -122,7 +123,7 @@ def test_a_heatmap_shows_family_density_and_stock_layers(sparse_plan):
     plan: Plan = sparse_plan()
     mixed = plan.model_copy(update={"layers": (plan.layers[0], Plan.dense(**plan_fields(plan)).layers[0])})
     assert families(mixed) == [["window", "stripe"], [STOCK, STOCK]]
-    assert expected(mixed)[1] == [1.0, 1.0]
+    assert head_densities(mixed)[1] == [1.0, 1.0]
     figure = heatmap(mixed, [[0.004, 1.0], [1.0, 1.0]])
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["0.4", "100"]
@@ -133,7 +134,7 @@ def test_a_heatmap_shows_family_density_and_stock_layers(sparse_plan):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["window (1)", "stripe (1)", "stock attention (2)"]
     own = heatmap(mixed).axes[0].texts
-    assert [text.get_text() for text in own] == [f"{100 * share:.0f}" for share in expected(mixed)[0]]
+    assert [text.get_text() for text in own] == [f"{100 * share:.0f}" for share in head_densities(mixed)[0]]
     with pytest.raises(ValueError, match=r"must be \[2 layers\]\[2 heads\], got \[1, 2\]"):
         heatmap(mixed, [[0.5, 0.5]])
 
