@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .models import ABSENT, MODELS
+from .absent import ABSENT
+from .models import MODELS
 
 COMPOSES = (
     ("`torch.compile`, whole or regional, `fullgraph=True`", "yes", "as many graphs as stock; attach before compiling"),
@@ -28,6 +29,7 @@ COMPOSES = (
         "yes",
         "enabled before attach; a rank runs its share of heads; joint layouts are unpicked (tested: Wan, Flux, Qwen)",
     ),
+    ("ControlNets", "yes", "they run as they always did, beside the transformer"),
     ("ring attention", "no", "a rank sees one shard of the keys at a time: raises ValueError"),
     ("CUDA graphs", "no", "step and branch are read when the operator runs, which a replay does not do"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .row import Absent, ModelRow, Tokens
+from .row import ModelRow, Tokens
 from .visual import (
     ids,
     image_shapes,
@@ -172,92 +172,5 @@ IMAGE_ROWS = (
         tokens=Tokens(visual=ids("position_ids", behind_text=True), order=("text", "visual")),
         dense=r"text_fusion\..*",
         noise="fraction",
-    ),
-)
-
-IMAGE_ABSENT = (
-    Absent(
-        model="SanaTransformer2DModel",
-        kind="image",
-        status="no softmax self-attention",
-        why="its self-attention is linear",
-    ),
-    Absent(
-        model="PRXTransformer2DModel",
-        kind="image",
-        status="not reached",
-        why="text stands among the keys alone: queries and keys are not one sequence",
-    ),
-    Absent(
-        model="NucleusMoEImageTransformer2DModel",
-        kind="image",
-        status="not reached",
-        why="text stands among the keys alone: queries and keys are not one sequence",
-    ),
-    Absent(
-        model="OmniGenTransformer2DModel",
-        kind="image",
-        status="not reached",
-        why="its mask is causal over the text, not a key mask",
-    ),
-    Absent(
-        model="Ideogram4Transformer2DModel",
-        kind="image",
-        status="not reached",
-        why="text and image rows are packed into one tensor, with a mask between the samples in it",
-    ),
-    Absent(
-        model="QwenImage21Transformer2DModel",
-        kind="image",
-        status="not reached",
-        why="its condition is causal, by FlexAttention, and cached",
-    ),
-    Absent(
-        model="JoyImageEditPlusTransformer3DModel",
-        kind="image",
-        status="not reached",
-        why="images of different sizes are packed over the batch",
-    ),
-    Absent(
-        model="DreamLiteTransformer2DModel",
-        kind="image",
-        status="not reached",
-        why="a part of a U-Net",
-    ),
-    Absent(
-        model="Transformer2DModel",
-        kind="image",
-        status="not reached",
-        why="a part of U-Nets",
-    ),
-    Absent(
-        model="AceStepTransformer1DModel",
-        kind="audio",
-        status="not reached",
-        why="sound: a sequence without a grid",
-    ),
-    Absent(
-        model="LongCatAudioDiTTransformer",
-        kind="audio",
-        status="not reached",
-        why="sound: a sequence without a grid",
-    ),
-    Absent(
-        model="MiniMaxMusic3Transformer1DModel",
-        kind="audio",
-        status="not reached",
-        why="sound: a sequence without a grid",
-    ),
-    Absent(
-        model="PriorTransformer",
-        kind="other",
-        status="not reached",
-        why="embeddings of one picture: a handful of tokens without a grid",
-    ),
-    Absent(
-        model="RFD4ProteinaTransformer",
-        kind="other",
-        status="not reached",
-        why="proteins",
     ),
 )

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .image_rows import IMAGE_ABSENT, IMAGE_ROWS
-from .row import Absent, ModelRow
-from .video_rows import VIDEO_ABSENT, VIDEO_ROWS
+from .absent import ABSENT
+from .image_rows import IMAGE_ROWS
+from .row import ModelRow
+from .video_rows import VIDEO_ROWS
 
 MODELS: Mapping[str, ModelRow] = {row.model: row for row in (*VIDEO_ROWS, *IMAGE_ROWS)}
-ABSENT: Mapping[str, Absent] = {row.model: row for row in (*VIDEO_ABSENT, *IMAGE_ABSENT)}
 
 
 def row_of(transformer: Any) -> ModelRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .row import Absent, Arguments, Config, ModelRow, Tokens
+from .row import Arguments, Config, ModelRow, Tokens
 from .visual import given, latents, only_if, patches, sizes, spatial, temporal
 
 WAN = Tokens(visual=latents())
@@ -126,62 +126,5 @@ VIDEO_ROWS = (
         kind="video",
         tokens=Tokens(visual=latents(), order=("visual", "text")),
         dense=r"context_embedder\..*",
-    ),
-)
-
-VIDEO_ABSENT = (
-    Absent(
-        model="SanaVideoTransformer3DModel",
-        kind="video",
-        status="no softmax self-attention",
-        why="its self-attention is linear",
-    ),
-    Absent(
-        model="SanaWMTransformer3DModel",
-        kind="video",
-        status="not reached",
-        why="linear but for every fourth layer, which calls SDPA from modules of its own",
-    ),
-    Absent(
-        model="SanaWMLTX2RefinerTransformer3DModel",
-        kind="video",
-        status="not reached",
-        why="its rotary embedding, not its arguments, tells the grid, and a cache holds the keys of earlier chunks",
-    ),
-    Absent(
-        model="AnyFlowFARTransformer3DModel",
-        kind="video",
-        status="not reached",
-        why="FlexAttention with a block mask of its own over chunks of frames",
-    ),
-    Absent(
-        model="Cosmos3OmniTransformer",
-        kind="video",
-        status="not reached",
-        why="text, video, sound and actions are packed into one ragged sequence",
-    ),
-    Absent(
-        model="MiniMaxH3Transformer3DModel",
-        kind="video",
-        status="not reached",
-        why="text, video and sound are packed into one sequence by indices",
-    ),
-    Absent(
-        model="WanAnimate2Transformer3DModel",
-        kind="video",
-        status="not reached",
-        why="queries read a cache of the reference's keys: queries and keys are not one sequence",
-    ),
-    Absent(
-        model="Kandinsky6SRTransformer3DModel",
-        kind="video",
-        status="not reached",
-        why="its own sparse FlexAttention (NABLA) over 8x8 tiles",
-    ),
-    Absent(
-        model="TransformerTemporalModel",
-        kind="video",
-        status="not reached",
-        why="a part of U-Nets, without a forward of its own timesteps",
     ),
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 
 import diffusers
 
+from ziggurat.pipelines.absent import ABSENT
 from ziggurat.pipelines.catalogue import COMPOSES, page, rows
-from ziggurat.pipelines.models import ABSENT, MODELS
+from ziggurat.pipelines.models import MODELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,11 +19,19 @@ def test_the_docs_page_is_the_table():
     assert (ROOT / "docs/models.md").read_text() == page(), "run: ziggurat models --markdown > docs/models.md"
 
 
+def is_transformer(kind: type) -> bool:
+    """Whether a class of diffusers is a transformer, or built of a transformer's blocks."""
+    if not hasattr(kind, "from_pretrained") or "Multi" in kind.__name__:
+        return False
+    if kind.__module__.startswith("diffusers.models.controlnets."):
+        return "from ..transformers." in inspect.getsource(sys.modules[kind.__module__])
+    return kind.__module__.startswith("diffusers.models.transformers.") or "Transformer" in kind.__name__
+
+
 def test_each_transformer_of_diffusers_has_a_row_or_a_reason():
     known = MODELS.keys() | ABSENT.keys()
-    named = [name for name in dir(diffusers) if "Transformer" in name and inspect.isclass(getattr(diffusers, name))]
-    parts = {name for name in named if not hasattr(getattr(diffusers, name), "from_pretrained")}
-    assert sorted(set(named) - parts - known) == []
+    kinds = [kind for kind in (getattr(diffusers, name) for name in dir(diffusers)) if inspect.isclass(kind)]
+    assert sorted({kind.__name__ for kind in kinds if is_transformer(kind)} - known) == []
     assert sorted(known - set(dir(diffusers))) == [], "a row for a class that this diffusers does not have"
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ziggurat.attention.grid import TokenGrid
-from ziggurat.pipelines.models import ABSENT, MODELS, row_of
+from ziggurat.pipelines.absent import ABSENT
+from ziggurat.pipelines.models import MODELS, row_of
 from ziggurat.pipelines.row import Measure, Tokens
 from ziggurat.pipelines.visual import ids, image_shapes, latents, patches, same_lengths, sizes
 
