@@ -33,7 +33,7 @@ app: $(STAMP)
 	@$(BIN)/ziggurat app $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -rs $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

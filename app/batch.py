@@ -61,7 +61,10 @@ def batch(
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the result as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make a video or image of every row of a file; what is there already is not made again."""
+    """Make a video or image of every row of a file; what is there already is not made again.
+
+    Example: ziggurat batch prompts.txt --out outputs/batch --seeds 2
+    """
     given = {
         "frames": frames,
         "height": height,

@@ -12,7 +12,9 @@ import typer
 from .bench_kernels import kernels
 from .console import Debug, note, progress_bars, quiet_libraries
 
-app = typer.Typer(help="Measure what methods are worth.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure what methods and kernels are worth.\n\nExample: ziggurat bench fidelity", no_args_is_help=True
+)
 app.command()(kernels)
 
 MORE = "May be repeated."
@@ -45,7 +47,10 @@ def fidelity(
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the rows as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """How near each selector comes to dense attention, on captured calls and on maps of a known kind."""
+    """How near each selector comes to dense attention, on captured calls and on maps of a known kind.
+
+    Example: ziggurat bench fidelity --model shapes --density 0.1 --density 0.25 --json
+    """
     quiet_libraries()
     from ..pipelines.record import surroundings
     from ..search import bench as benching

@@ -14,12 +14,15 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the findings as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say which devices and backends there are, which one is taken and why, and test it on each device.
+    """Say what works on this machine and what is missing, and test attention on each device.
 
     Example: ziggurat doctor
     """
     from ..kernels import selftest
+    from .machine import machine, machine_lines, versions
 
+    said = {"versions": versions(), **machine()}
+    print(", ".join(f"{name} {number or 'missing'}" for name, number in said["versions"].items()))
     found = []
     for device in selftest.devices():
         about, test = selftest.describe(device), selftest.self_test(device)
@@ -31,7 +34,9 @@ def doctor(
     lacking = selftest.backends()
     for name, lack in lacking.items():
         print(f"backend {name}: {lack or 'ready'}")
+    for line in machine_lines(said):
+        print(line)
     if as_json:
-        print(json.dumps({"devices": found, "backends": lacking}))
+        print(json.dumps({"devices": found, "backends": lacking, **said}))
     if not all(item["passed"] for item in found):
         raise typer.Exit(1)

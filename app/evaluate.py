@@ -24,7 +24,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the result as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Score the embedded model on captions it was never trained on, dense and under a plan."""
+    """Score the embedded model on captions it was never trained on, dense and under a plan.
+
+    Example: ziggurat evaluate --plan auto --captions 40
+    """
     quiet_libraries()
     from ..pipelines.loading import find_model, load
     from ..pipelines.record import surroundings

@@ -51,7 +51,10 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's")] = None,
     debug: Debug = False,
 ) -> None:
-    """Make a video (or, with one frame, an image) from a sentence, under a sparse attention plan."""
+    """Make a video (or, with one frame, an image) from a sentence, under a sparse attention plan.
+
+    Example: ziggurat generate 'a large red circle moving left on a gray background' --seed 1 --compare
+    """
     arguments = dict(parse_setting(text) for text in settings or ())
     if fps is not None and not 0 < fps <= 1000:
         raise typer.BadParameter(f"{fps} does not lie in 0 ... 1000", param_hint="--fps")

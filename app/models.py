@@ -20,7 +20,10 @@ def models(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """The transformers of diffusers that a plan can run on, and what of them it does not reach."""
+    """The transformers of diffusers that a plan can run on, and what of them it does not reach.
+
+    Example: ziggurat models --json
+    """
     if probe is not None:
         _probe(probe, as_json)
         return

@@ -10,7 +10,7 @@ import typer
 
 from .console import Debug, note, quiet_libraries, sentence, show_traceback
 
-app = typer.Typer(help="Look into plan files.", no_args_is_help=True)
+app = typer.Typer(help="Look into plan files.\n\nExample: ziggurat plan show plan.json", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="A plan's JSON file.")]
 Json = Annotated[bool, typer.Option("--json", help="Last line of output: the same as JSON.")]
 TROUBLE = 2
@@ -36,6 +36,8 @@ def show(
     """What a plan does: grid, schedule, figures, and for each layer its groups and heads.
 
     Densities are those to expect of the lists on the plan's own grid, or on another one.
+
+    Example: ziggurat plan show runs/search/plan.json --grid 17x16x16
     """
     from ..attention.expect import head_densities, mean_density
     from ..attention.plan import Plan
@@ -81,7 +83,10 @@ def validate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check that a file is a plan and, with --model, that it is one for that model; weights are not loaded."""
+    """Check that a file is a plan and, with --model, that it is one for that model; weights are not loaded.
+
+    Example: ziggurat plan validate runs/search/plan.json --model shapes
+    """
     from ..attention.plan import Plan
 
     found = Plan.load(file)
@@ -100,7 +105,10 @@ def validate(
 
 @app.command()
 def diff(first: File, second: File, as_json: Json = False, debug: Debug = False) -> None:
-    """Where two plans differ; exits with 0 where they say the same, 1 where they differ, 2 where one is no plan."""
+    """Where two plans differ; exits with 0 where they say the same, 1 where they differ, 2 where one is no plan.
+
+    Example: ziggurat plan diff first.json second.json
+    """
     from ..attention.plan import Plan
     from ..attention.tell import differences
 

@@ -9,7 +9,9 @@ import typer
 
 from .console import Debug
 
-app = typer.Typer(help="Train a model that comes with Ziggurat.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train a model that comes with Ziggurat.\n\nExample: ziggurat train shapes", no_args_is_help=True
+)
 
 
 @app.callback()
@@ -29,7 +31,10 @@ def shapes(
     seed: Annotated[int, typer.Option(help="Source of everything random.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Train the miniature of Wan on captioned clips of moving shapes; resumes where it stopped."""
+    """Train the miniature of Wan on captioned clips of moving shapes; resumes where it stopped.
+
+    Example: ziggurat train shapes --out runs/shapes/model --run runs/shapes
+    """
     from ..pipelines.shapes.train import train
 
     train(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import typer
 
-from ziggurat.app.cli import main
+from ziggurat.app.cli import VERBS, app, main
 from ziggurat.app.generate import parse_setting
 from ziggurat.pipelines.generate import generate
 
@@ -41,27 +45,93 @@ def run(wan_folder, capsys, tmp_path, monkeypatch):
     return call
 
 
-def test_help_is_quick_and_imports_no_torch():
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]], ids=" ".join)
+def test_help_is_quick_and_imports_no_torch(arguments):
     code = (
         "import sys\nfrom ziggurat.app.cli import main\n"
-        "try:\n    main(['generate', '--help'])\nexcept SystemExit as stop:\n    code = stop.code\n"
-        "sys.exit(code or bool({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)) and 7)"
+        f"try:\n    main({arguments})\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "sys.exit(code or bool({'torch', 'diffusers', 'transformers', 'numpy', 'gradio'} & set(sys.modules)) and 7)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert "--compare" in done.stdout
-    # Of the processor, which a busy machine does not stretch.
+    assert "Usage: ziggurat" in done.stdout
+    assert "\x1b" not in done.stdout
+    # Of the processor, which a busy machine does not stretch; a second on a quiet one is far above what it takes.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "shapes", "--help"], ["evaluate", "--help"]], ids=str)
-def test_help_of_every_verb(arguments, capsys):
+def every_command(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from every_command(below, (*path, name))
+
+
+COMMANDS = dict(every_command(typer.main.get_command(app)))
+
+
+def test_verbs_are_in_the_order_of_use_with_a_line_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main(["--help"])
     assert not stop.value.code
-    assert "Usage: ziggurat" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    shown = [line.strip("│ \n") for line in text[text.index("─ Commands") :].splitlines()[1:-1] if line.startswith("│")]
+    assert [tuple(line.split(maxsplit=1)) for line in shown] == [(name, line) for name, (_, line) in VERBS.items()]
+    assert set(COMMANDS[()].commands) == set(VERBS)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "ziggurat")
+def test_every_help_has_an_example_that_parses(path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*path, "--help"])
+    assert not stop.value.code
+    example = next(line for line in capsys.readouterr().out.splitlines() if "Example: " in line)
+    name, *words = shlex.split(example.strip().removeprefix("Example: "))
+    assert (name, words[: len(path)]) == ("ziggurat", list(path))
+    command, context, rest = COMMANDS[()], None, words
+    while hasattr(command, "commands"):
+        context = command.make_context(command.name, list(rest), parent=context)
+        _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(command.name, list(rest), parent=context)
+
+
+def test_version_names_what_decides_a_video(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert not stop.value.code
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["torch"] == torch.__version__
+    assert said.keys() >= {"ziggurat", "python", "diffusers", "transformers", "cpu"}
+    assert said["cpu"].endswith("kernel backend torch")
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("ziggurat.app.machine.find_spec", lambda name: None if name == "gradio" else there(name))
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "/there/ffmpeg")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--json"])
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert "extra app: pip install 'ziggurat[app]' (the app in a browser)" in lines
+    assert "ffmpeg: /there/ffmpeg" in lines
+    said = json.loads(lines[-1])
+    assert said["extras"]["batch"] == ""
+    assert 0 < said["memory"]["free"] < said["memory"]["total"]
+    assert said["versions"]["torch"] == torch.__version__
+
+
+def test_shells_can_complete_it():
+    code = "from ziggurat.app.cli import main; main()"
+    for words, found in (("ziggurat ev", {"evaluate"}), ("ziggurat generate --comp", {"--compare"})):
+        asked = {"_ZIGGURAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+        )
+        assert set(done.stdout.split()) == found, done.stderr
 
 
 def test_json_is_the_last_line_and_the_record_makes_it_again(run, sparse_plan, tmp_path):
