@@ -150,18 +150,14 @@ class PlanRun:
             # What a mask hides may hold anything.
             seen = {"query": query} if key_log_weight is not None else {"query": query, "key": key, "value": value}
             _check_finite(layer, step, **seen)
-        schedule = self.schedule(layer)
-        by_schedule = schedule.is_dense(noise_level, step)
-        reason = self.plan.layers[layer].dense
+        reason = self.dense_reason(layer, noise_level, step)
+        if reason is None and grid is None:
+            reason = "the token grid is unknown"
         if reason is not None:
-            return self._dense(layer, query, reason)
-        if self._dense_layers[layer]:
-            return self._dense(layer, query, "the schedule keeps this layer dense")
-        if grid is None:
-            return self._dense(layer, query, "the token grid is unknown")
-        if by_schedule:
-            return self._dense(layer, query, "the schedule says dense")
+            return self.ran_dense(layer, _rows(query), reason)
+        assert grid is not None
 
+        schedule = self.schedule(layer)
         outputs, sparse, density = [], 0.0, 0.0
         groups = self.plan.layers[layer].groups
         for index, group in enumerate(groups):
@@ -194,10 +190,24 @@ class PlanRun:
         out = _in_head_order(outputs, [head for group in groups for head in group.heads])
         if self.check_finite:
             _check_finite(layer, step, output=out)
-        tally = self._count(layer, query)
-        tally.sparse_rows += sparse * _rows(query)
-        tally.touched += density * _rows(query)
+        rows = _rows(query)
+        tally = self._count(layer, rows)
+        tally.sparse_rows += sparse * rows
+        tally.touched += density * rows
         return out
+
+    def dense_reason(self, layer: int, noise_level: float, step: int) -> str | None:
+        """Why the plan keeps a layer dense at this step, whatever its call holds; None where a list is to be read."""
+        if (reason := self.plan.layers[layer].dense) is not None:
+            return reason
+        if self._dense_layers[layer]:
+            return "the schedule keeps this layer dense"
+        return "the schedule says dense" if self.schedule(layer).is_dense(noise_level, step) else None
+
+    def ran_dense(self, layer: int, rows: float, reason: str) -> None:
+        """Count a call of `rows` (batch x heads x queries x keys) that the host runs dense."""
+        tally = self._count(layer, rows)
+        tally.dense[reason] = tally.dense.get(reason, 0) + 1
 
     def density(self) -> float:
         """Rows touched / all rows over every call of the run so far, dense ones included; 1 before the first."""
@@ -234,15 +244,11 @@ class PlanRun:
             total.sparse_rows += tally.sparse_rows
         return total
 
-    def _count(self, layer: int, query: Tensor) -> _Tally:
+    def _count(self, layer: int, rows: float) -> _Tally:
         tally = self._tallies[layer]
         tally.calls += 1
-        tally.rows += _rows(query)
+        tally.rows += rows
         return tally
-
-    def _dense(self, layer: int, query: Tensor, reason: str) -> None:
-        tally = self._count(layer, query)
-        tally.dense[reason] = tally.dense.get(reason, 0) + 1
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, layer: int, grid: TokenGrid | None) -> None:
         plan = self.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from torch import Tensor
 from .ulysses import Share, gather_heads, gather_mask, gather_tokens, share_of
 
 
-@dataclass(frozen=True, kw_only=True)
+# Not frozen: one is made for every call, and freezing doubles what that takes.
+@dataclass(kw_only=True, slots=True)
 class Call:
     """One attention call: query, key, value as [B, H, N, D] views, and what else it was given."""
 
@@ -32,8 +34,29 @@ class Call:
     share: Share | None = None
     """Under context parallelism: this call is gathered, and holds the heads that the rank was dealt."""
 
+    def beyond_plans(self) -> str:
+        """Why no plan can take this call, whatever its grid; "" where one may."""
+        if self.unusual:
+            return f"{self.unusual} given, which only the chosen attention backend understands"
+        if self.causal:
+            return "causal attention"
+        if self.dropout:
+            return "attention with dropout"
+        _, heads, queries, _ = self.query.shape
+        _, key_heads, keys, _ = self.key.shape
+        if self.grouped or key_heads != heads:
+            return "grouped-query attention"
+        return "" if keys == queries else f"not self-attention ({queries} queries, {keys} keys)"
+
 
 class Router(Protocol):
+    def dense(self, index: int, query: Tensor, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor | None:
+        """`stock()`, where layer `index` runs dense now whatever its call holds: the short way; else None.
+
+        query: of a call whose keys are as many, in the caller's layout.
+        """
+        ...
+
     def route(self, index: int, call: Call, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor:
         """The output of layer `index`, in the caller's layout: its own, or that of `stock()`."""
         ...
@@ -71,18 +94,20 @@ def route_dispatch(
 ) -> Tensor:
     """A call of `dispatch_attention_fn`, tensors [B, N, H, D], by the router of `slot`, or as it was."""
 
-    def stock() -> Tensor:
-        return original(query, key, value, **options)
-
+    stock = functools.partial(original, query, key, value, **options)
     route = _routes.get(int(slot))
     if route is None:
         return stock()
+    share = share_of(options.get("parallel_config"))
+    if share is None and query.shape == key.shape:
+        out = route.router.dense(route.index, query, stock, token_dim=1)
+        if out is not None:
+            return out
     unusual = "attention_kwargs" if options.get("attention_kwargs") else None
     mask = options.get("attn_mask")
     if isinstance(mask, Tensor) and mask.shape == (query.shape[0], key.shape[1]):
         # Diffusers' own meaning of two dimensions; to SDPA they would be queries and keys.
         mask = mask[:, None, None]
-    share = share_of(options.get("parallel_config"))
     if share is not None and unusual is None:
         return _dispatch_shared(route, share, original, (query, key, value), {**options, "attn_mask": mask})
     call = Call(
@@ -131,12 +156,14 @@ def _dispatch_shared(
 def route_sdpa(slot: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     """A call of `F.scaled_dot_product_attention`, tensors [B, H, N, D], by the router of `slot`, or as it was."""
 
-    def stock() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, **options)
-
+    stock = functools.partial(F.scaled_dot_product_attention, query, key, value, **options)
     route = _routes.get(int(slot))
     if route is None:
         return stock()
+    if query.shape == key.shape:
+        out = route.router.dense(route.index, query, stock, token_dim=2)
+        if out is not None:
+            return out
     call = Call(
         query=query,
         key=key,

@@ -58,7 +58,8 @@ class RunClock:
     `run` counts runs from 1. A run begins with the first forward after the scheduler's `set_timesteps`; also, for
     those who drive a transformer by other means, when a given step index or the noise level jumps back to an earlier
     one. `finished` is called where a run has ended, as far as that can be told: when the pipeline frees its hooks,
-    which it does after an interrupted run too, and before the scheduler begins the next.
+    which it does after an interrupted run too, and before the scheduler begins the next. `num_train_timesteps` is the
+    scheduler's, 1000 where it has none to tell.
     """
 
     def __init__(self, pipe: Any, finished: Callable[[], None] | None = None):
@@ -71,6 +72,8 @@ class RunClock:
         self._unwrap: Callable[[], None] = _nothing
         self._pending = True
         self._timesteps: list[float] = []
+        self._edm = False
+        self.num_train_timesteps = 1000
         self.run = 0
         self.step = -1
         self.timestep = math.inf
@@ -79,24 +82,16 @@ class RunClock:
     def is_of(self, pipe: Any) -> bool:
         return self._pipe() is pipe
 
-    @property
-    def num_train_timesteps(self) -> int:
-        """The scheduler's count of training timesteps, 1000 where it has none to tell."""
-        scheduler = self._scheduler() if self._scheduler else None
-        return int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
-
     def noise_level(self, told: float) -> float:
         """A model's noise level within 0 ... 1; EDM schedulers (arXiv 2206.00364) tell log(sigma) / 4 instead."""
-        scheduler = self._scheduler() if self._scheduler else None
-        if hasattr(scheduler, "precondition_noise"):
+        if self._edm:
             return 1 / (1 + math.exp(-4 * told))
         return min(max(told, 0.0), 1.0)
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
         """The noise levels of the run's steps, as the scheduler announced them."""
-        edm = hasattr(self._scheduler() if self._scheduler else None, "precondition_noise")
-        return tuple(self.noise_level(t if edm else t / self.num_train_timesteps) for t in self._timesteps)
+        return tuple(self.noise_level(t if self._edm else t / self.num_train_timesteps) for t in self._timesteps)
 
     def follow(self) -> None:
         """Watch the scheduler that the pipeline has now: users swap it."""
@@ -106,6 +101,10 @@ class RunClock:
             return
         self._leave_scheduler()
         self._scheduler = weakref.ref(scheduler)
+        # Asked once: diffusers answers for what an object lacks by a long way round.
+        config = getattr(scheduler, "config", None)
+        self.num_train_timesteps = int(getattr(config, "num_train_timesteps", None) or 1000)
+        self._edm = hasattr(scheduler, "precondition_noise")
         if callable(getattr(scheduler, "set_timesteps", None)):
             self._unwrap = wrap_method(scheduler, "set_timesteps", self._announce)
         self._read(scheduler)

@@ -41,6 +41,9 @@ class _Unmixed:
         self.paths = paths
         self.seen: list[Sighting] = []
 
+    def dense(self, index: int, query: Tensor, stock: Callable[[], Tensor], *, token_dim: int) -> None:
+        return None
+
     def route(self, index: int, call: Call, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor:
         query, key, value = call.query, call.key, call.value
         mask = None if call.mask is None else tuple(call.mask.shape)

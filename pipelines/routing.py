@@ -6,10 +6,8 @@ import functools
 import inspect
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from .calls import Call
 from .clock import RunClock, wrap_method
+from .figures import RunFigures, StepRecord
 from .hook import SLOT_ATTRIBUTE, Gates, clear_slot
 from .masks import key_log_weight, with_exact_text
 from .modules import attention_modules
@@ -27,48 +26,29 @@ from .row import Measure, ModelRow
 from .ulysses import Share, deal, interleaved, share_of
 
 
-@dataclass(kw_only=True)
-class StepRecord:
-    """One denoising step of the latest run, as one transformer saw it."""
-
-    step: int
-    timestep: float
-    noise_level: float
-    branches: list[str] = field(default_factory=list)
-    sparse_calls: int = 0
-    dense_calls: int = 0
-    lists_built: int = 0
-    attention_seconds: float = 0.0
-    seconds: float = 0.0
-
-
 @functools.cache
 def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-class TransformerRun:
-    """The state of one transformer under a plan; the router of its gates."""
+class TransformerRun(RunFigures):
+    """The state of one transformer under a plan; the router of its gates, and the figures of what it routed."""
 
     def __init__(
         self, transformer: nn.Module, row: ModelRow, plan: Plan, plan_run: PlanRun, clock: RunClock, *, timing: bool
     ):
-        self.row, self.plan_run, self.clock, self.timing = row, plan_run, clock, timing
+        modules = attention_modules(transformer)
+        super().__init__(plan_run, row.layers(modules))
+        self.row, self.clock, self.timing = row, clock, timing
         self._whole_plan = plan
         self._share = share_of(getattr(transformer, "_parallel_config", None))
         config: Any = transformer.config
         self.config: dict[str, Any] = dict(config)
-        modules = attention_modules(transformer)
-        self.paths = row.layers(modules)
         plan_run.name_layers(self.paths)
         kinds = [row.tokens_of(path) for path in self.paths]
         # Most classes have one kind of sequence; each is measured once a forward.
         self._kinds = list(dict.fromkeys(kinds))
         self._kind_of = [self._kinds.index(kind) for kind in kinds]
-        # Calls of each layer that no plan could take, by the reason.
-        self._stock = [Counter[str]() for _ in self.paths]
-        self._planned_rows = self._stock_rows = 0
-        self.steps: list[StepRecord] = []
         self._run = 0
         self._context: dict[str, Any] | None = None
         self._texts: dict[tuple[Any, ...], str] = {}
@@ -133,11 +113,8 @@ class TransformerRun:
     def _begin(self) -> None:
         self._run = self.clock.run
         self.plan_run.begin(self.clock.noise_levels or None)
-        self.steps.clear()
+        self.clear()
         self._texts.clear()
-        self._planned_rows = self._stock_rows = 0
-        for reasons in self._stock:
-            reasons.clear()
 
     def _branch_of(self, text: Any) -> str:
         if isinstance(text, list | tuple) and text:
@@ -187,16 +164,8 @@ class TransformerRun:
             return "called outside the transformer's forward"
         if call.share != self._share:
             return "its processor knows nothing of the context parallelism that is on"
-        if call.unusual:
-            return f"{call.unusual} given, which only the chosen attention backend understands"
-        if call.causal:
-            return "causal attention"
-        if call.dropout:
-            return "attention with dropout"
-        if call.grouped or call.key.shape[1] != call.query.shape[1]:
-            return "grouped-query attention"
-        if call.key.shape[2] != call.query.shape[2]:
-            return f"not self-attention ({call.query.shape[2]} queries, {call.key.shape[2]} keys)"
+        if reason := call.beyond_plans():
+            return reason
         grid = self._grid(index, call.query.shape[2])
         if isinstance(grid, str):
             return grid
@@ -221,7 +190,7 @@ class TransformerRun:
             scale=call.scale,
         )
         now.lists_built += self.plan_run.lists.built - built
-        self._planned_rows += _rows(call)
+        self.planned_rows += _rows(call)
         if out is not None and call.mask is not None and call.mask.shape[-2] == call.query.shape[2]:
             return with_exact_text(out, call, grid)
         return out
@@ -236,51 +205,33 @@ class TransformerRun:
         """Whether this transformer has taken part in that run of the clock."""
         return number > 0 and self._run == number
 
-    @property
-    def rows(self) -> float:
-        """Rows that dense attention would have touched in the visual self-attention calls of the run."""
-        return self._planned_rows + self._stock_rows
-
-    @property
-    def rows_touched(self) -> float:
-        return self.plan_run.density() * self._planned_rows + self._stock_rows
-
-    def describe_memory(self) -> str:
-        """What the latest run kept from step to step, at its most; "" if nothing."""
-        reuse = self.plan_run.reuse
-        parts = [f"{name} {size / 2**20:.1f} MiB" for name, size in reuse.peak.items()]
-        if reuse.unkept:
-            parts.append(f"{reuse.unkept} times over {reuse.max_bytes / 2**20:.0f} MiB a branch and rebuilt, not kept")
-        return f"kept between steps: {', '.join(parts)}" if parts else ""
-
-    def describe(self, index: int) -> str:
-        """What became of a layer in the latest run: sparse, dense, or why not."""
-        status = self.plan_run.status()[index]
-        parts = []
-        if status.state == "sparse":
-            parts.append(f"sparse, {status.calls - status.dense_calls} calls at list density {status.list_density:.1%}")
-        if status.dense_calls:
-            parts.append(f"dense, {status.reason}")
-        parts += [f"dense, {reason} ({count} calls)" for reason, count in self._stock[index].items()]
-        if not parts:
-            absent = (
-                "not called (skipped by a cache, or its processor is out of reach)" if self.steps else "not called yet"
-            )
-            parts.append(absent + (f"; dense, {status.reason}" if status.reason else ""))
-        return f"({self.paths[index]}): {'; '.join(parts)}"
+    def dense(self, index: int, query: Tensor, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor | None:
+        # A run that overrides `attend_layer`, as those that capture do, is shown its dense calls too.
+        shown = type(self.plan_run).attend_layer is not PlanRun.attend_layer
+        if shown or not self.steps or self._share is not None:
+            return None
+        now = self.steps[-1]
+        reason = self.plan_run.dense_reason(index, now.noise_level, now.step)
+        if reason is None:
+            return None
+        started = self._now()
+        self._look(index, query)
+        rows = query.numel() // query.shape[3] * query.shape[token_dim]
+        self.planned_rows += rows
+        self.plan_run.ran_dense(index, rows, reason)
+        out = stock()
+        now.dense_calls += 1
+        now.attention_seconds += self._now() - started
+        return out
 
     def route(self, index: int, call: Call, stock: Callable[[], Tensor], *, token_dim: int) -> Tensor:
         started = self._now()
-        total = call.query.detach().sum(dtype=torch.float32)
-        if total.device.type == "cpu":
-            self._check_finite(index, total)
-        else:
-            self._suspects.append((index, total))
+        self._look(index, call.query)
         outcome = self._planned(index, call)
         if isinstance(outcome, str):
-            self._stock[index][outcome] += 1
+            self.stock_calls[index][outcome] += 1
             if call.query.shape[2] == call.key.shape[2]:
-                self._stock_rows += _rows(call)
+                self.stock_rows += _rows(call)
         sparse = isinstance(outcome, Tensor)
         out = outcome if isinstance(outcome, Tensor) else stock()
         if sparse and token_dim == 1:
@@ -291,6 +242,14 @@ class TransformerRun:
             now.dense_calls += not sparse
             now.attention_seconds += self._now() - started
         return out
+
+    def _look(self, index: int, query: Tensor) -> None:
+        """See that a layer is given finite numbers: now on the CPU, elsewhere when the forward ends."""
+        total = (query.detach() if query.requires_grad else query).sum(dtype=torch.float32)
+        if total.is_cpu:
+            self._check_finite(index, total)
+        else:
+            self._suspects.append((index, total))
 
     def _now(self) -> float:
         if not self.timing:

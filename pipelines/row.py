@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ..attention.grid import Kind, TokenGrid
 
 Shape = tuple[int, int, int]
@@ -100,13 +102,13 @@ class ModelRow:
 
     def noise_level(self, timestep: Any, num_train_timesteps: int) -> float:
         """The noise level that a timestep (a number or a tensor) stands for: 1.0 is pure noise."""
-        import torch
-
         # Some pipelines send one timestep per token, with no noise for the frame that is given.
-        values = torch.as_tensor(timestep).float()
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            timestep = timestep.min() if self.noise == "1 - fraction" else timestep.max()
+        value = float(timestep)
         if self.noise == "1 - fraction":
-            return 1 - float(values.min())
-        return float(values.max()) / (num_train_timesteps if self.noise == "training steps" else 1)
+            return 1 - value
+        return value / num_train_timesteps if self.noise == "training steps" else value
 
 
 @dataclass(frozen=True, kw_only=True)
