@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ziggurat.app.cli import main
 from ziggurat.attention.run import PlanRun
@@ -170,20 +174,38 @@ KINDS: list[tuple[Callable[[], tuple[Any, dict[str, Any]]], list[str], list[str]
 ]
 
 
-@pytest.mark.parametrize(("kind", "branches", "grids"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
-def test_step_and_branch_are_right_at_every_call(kind, branches, grids, sparse_plan, monkeypatch):
-    torch.manual_seed(0)
-    pipe, arguments = kind()
-    pipe.set_progress_bar_config(disable=True)
-    seen: list[tuple] = []
+Seen = tuple[int, int, float, str, str]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Every call that reaches a plan: (layer, step, noise level, branch, grid), and by which transformer's run."""
+    found: list[tuple[Seen, PlanRun]] = []
     original = PlanRun.attend_layer
 
     def spy(self, *args, layer, noise_level, step, branch, grid, **kwargs):
-        seen.append((layer, step, noise_level, branch, str(grid)))
+        found.append(((layer, step, noise_level, branch, str(grid)), self))
         told = {"layer": layer, "noise_level": noise_level, "step": step, "branch": branch, "grid": grid}
         return original(self, *args, **told, **kwargs)
 
     monkeypatch.setattr(PlanRun, "attend_layer", spy)
+    return found
+
+
+def expected_calls(timesteps: torch.Tensor, branches: list[str], grids: list[str]) -> list[tuple]:
+    return [
+        (layer, step, pytest.approx(float(timestep) / 1000, abs=1e-6), branch, grid)
+        for step, timestep in enumerate(timesteps)
+        for branch in branches
+        for layer, grid in enumerate(grids)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "branches", "grids"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_step_and_branch_are_right_at_every_call(kind, branches, grids, sparse_plan, seen):
+    torch.manual_seed(0)
+    pipe, arguments = kind()
+    pipe.set_progress_bar_config(disable=True)
 
     def run() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -197,12 +219,7 @@ def test_step_and_branch_are_right_at_every_call(kind, branches, grids, sparse_p
         for _ in range(2):
             seen.clear()
             sparse = run()
-            assert seen == [
-                (layer, step, pytest.approx(float(pipe.scheduler.timesteps[step]) / 1000, abs=1e-6), branch, grid)
-                for step in range(STEPS)
-                for branch in branches
-                for layer, grid in enumerate(grids)
-            ]
+            assert [call for call, _ in seen] == expected_calls(pipe.scheduler.timesteps, branches, grids)
     assert all(record.dense_calls == 0 for record in handle.steps)
     assert torch.isfinite(sparse).all()
     assert not torch.equal(sparse, stock)
@@ -210,36 +227,127 @@ def test_step_and_branch_are_right_at_every_call(kind, branches, grids, sparse_p
 
 
 @pytest.fixture
-def image_to_video(wan_folder, tmp_path):
-    """A folder of WanImageToVideoPipeline, without an image encoder, as Wan 2.2 is."""
+def announced(monkeypatch):
+    """The timesteps of each run, as its scheduler set them."""
+    found: list[torch.Tensor] = []
+    original = Scheduler.set_timesteps
+
+    @functools.wraps(original)
+    def spy(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        found.append(self.timesteps)
+
+    monkeypatch.setattr(Scheduler, "set_timesteps", spy)
+    return found
+
+
+def image_to_video(wan_folder: Path, *, experts: bool) -> Any:
+    """WanImageToVideoPipeline without an image encoder, as Wan 2.2 is: of 5B, or of 14B with two experts."""
     parts = load(wan_folder, dtype=torch.float32).components
     config = {**parts["transformer"].config, "in_channels": 10}
     torch.manual_seed(0)
-    transformer = library.WanTransformer3DModel.from_config(config)
+    found = [library.WanTransformer3DModel.from_config(config) for _ in range(1 + experts)]
     keys = ("tokenizer", "text_encoder", "vae", "scheduler")
-    pipe = library.WanImageToVideoPipeline(
-        transformer=transformer, image_encoder=None, image_processor=None, **{key: parts[key] for key in keys}
+    return library.WanImageToVideoPipeline(
+        transformer=found[0],
+        transformer_2=found[1] if experts else None,
+        boundary_ratio=0.8 if experts else None,
+        image_encoder=None,
+        image_processor=None,
+        **{key: parts[key] for key in keys},
     )
-    pipe.save_pretrained(tmp_path / "i2v", safe_serialization=True)
-    return tmp_path / "i2v", transformer
 
 
-def test_image_to_video_by_the_command_line(image_to_video, tmp_path, sparse_plan, capsys):
-    folder, transformer = image_to_video
-    plan = sparse_plan(**(vars(model_shape(transformer)) | {"grid": (5, 4, 6)})).save(tmp_path / "plan.json")
+def image_editing(wan_folder: Path) -> Any:
+    """FluxKontextPipeline, whole: two text encoders, and a VAE for what is edited."""
+    tokenizer = load(wan_folder, dtype=torch.float32).components["tokenizer"]
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 77
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1
+    )
+    t5 = T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    vae = library.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        norm_num_groups=1,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    return library.FluxKontextPipeline(
+        scheduler=Scheduler(),
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(clip).eval(),
+        tokenizer=short,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tokenizer,
+        transformer=editing()[0].transformer.eval(),
+    )
+
+
+WITH_IMAGE = {
+    "image-to-video": (
+        lambda folder: image_to_video(folder, experts=False),
+        ["--frames", "9", "--height", "32", "--width", "48"],
+        (["cond", "uncond"], ["5x4x6"] * 2),
+    ),
+    "image-to-video-by-two-experts": (
+        lambda folder: image_to_video(folder, experts=True),
+        ["--frames", "9", "--height", "32", "--width", "48"],
+        (["cond", "uncond"], ["5x4x6"] * 2),
+    ),
+    "editing": (
+        image_editing,
+        [
+            *("--height", "96", "--width", "144", "--negative", "blue", "--set", "true_cfg_scale=2"),
+            *("--set", f"max_area={96 * 144}", "--set", "_auto_resize=false", "--set", f"max_sequence_length={TEXT}"),
+        ],
+        (["text 0", "text 1"], ["7 text + 1x6x9 + 1x2x3"] * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_IMAGE)
+def test_what_takes_an_image_by_the_command_line(kind, wan_folder, tmp_path, sparse_plan, seen, announced, capsys):
+    build, sizes, expected = WITH_IMAGE[kind]
+    pipe = build(wan_folder)
+    folder = tmp_path / "model"
+    pipe.save_pretrained(folder, safe_serialization=True)
+    plan = sparse_plan(**(vars(model_shape(pipe.transformer)) | {"grid": (5, 4, 6)})).save(tmp_path / "plan.json")
     made = []
     for colour in ("red", "blue"):
         picture = tmp_path / f"{colour}.png"
         Image.new("RGB", (48, 32), colour).save(picture)
-        out = tmp_path / f"{colour}.gif"
-        sizes = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--seed", "1"]
+        out = tmp_path / f"{colour}-made.png"
         paths = ["--model", str(folder), "--plan", str(plan), "--image", str(picture), "--out", str(out)]
+        seen.clear()
         with pytest.raises(SystemExit) as ended:
-            main(["generate", "a large red circle", *paths, "--dtype", "fp32", "--json", *sizes])
+            main(
+                [
+                    "generate",
+                    "a large red circle",
+                    *paths,
+                    "--dtype",
+                    "fp32",
+                    "--json",
+                    "--seed",
+                    "1",
+                    "--steps",
+                    "4",
+                    *sizes,
+                ]
+            )
         assert ended.value.code in (0, None)
+        assert len(announced[-1]) == 4
+        assert [call for call, _ in seen] == expected_calls(announced[-1], *expected)
+        runs = list(dict.fromkeys(id(run) for _, run in seen))
+        assert [id(run) for _, run in seen] == sorted((id(run) for _, run in seen), key=runs.index)
+        assert len(runs) == 1 + (getattr(pipe, "transformer_2", None) is not None)
         figures = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert 0 < figures["density"] < 1
-        assert figures["tokens"] == 120
         with Image.open(out) as video:
             made.append(np.asarray(video.convert("RGB")))
     assert not np.array_equal(*made), "the picture was not felt"
