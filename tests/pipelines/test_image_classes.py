@@ -1,15 +1,20 @@
-"""Image transformers of diffusers under a plan; each costs its row in the table and one tiny configuration here."""
+"""Image transformers of diffusers under a plan; each costs a row, a tiny configuration (.json), and a case here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ziggurat.pipelines.models import MODELS
+
 IMAGE, TWO = ((1, 6, 9),), ((1, 6, 9), (1, 4, 6))
 TEXT = 7
+TINY: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tiny_transformers.json").read_text())
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -51,220 +56,6 @@ def packed(*shapes: tuple[int, int, int], columns: int = 3, **more: Any) -> dict
     }
 
 
-FLUX: dict[str, Any] = {
-    "in_channels": 4,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": [4, 6, 6],
-}
-CHROMA = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
-QWEN: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
-SD3: dict[str, Any] = {
-    "sample_size": 32,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "caption_projection_dim": 32,
-    "pooled_projection_dim": 8,
-    "pos_embed_max_size": 16,
-}
-PIXART: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "cross_attention_dim": 32,
-    "sample_size": 8,
-    "patch_size": 2,
-    "caption_channels": 16,
-    "use_additional_conditions": False,
-}
-DIT: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "sample_size": 16,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 8,
-}
-HUNYUAN_DIT: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "patch_size": 2,
-    "sample_size": 8,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "cross_attention_dim": 16,
-    "cross_attention_dim_t5": 16,
-    "pooled_projection_dim": 4,
-    "text_len": TEXT,
-    "text_len_t5": 4,
-    "learn_sigma": False,
-}
-HUNYUAN_IMAGE: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_refiner_layers": 1,
-    "patch_size": (1, 1),
-    "text_embed_dim": 16,
-    "text_embed_2_dim": 12,
-    "rope_axes_dim": (8, 8),
-}
-Z_IMAGE: dict[str, Any] = {
-    "in_channels": 4,
-    "dim": 32,
-    "n_layers": 2,
-    "n_refiner_layers": 1,
-    "n_heads": 2,
-    "n_kv_heads": 2,
-    "cap_feat_dim": 16,
-    "axes_dims": [4, 6, 6],
-    "axes_lens": [256, 32, 32],
-}
-LUMINA2: dict[str, Any] = {
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_refiner_layers": 1,
-    "num_attention_heads": 2,
-    "num_kv_heads": 1,
-    "multiple_of": 8,
-    "axes_dim_rope": (4, 6, 6),
-    "axes_lens": (32, 32, 32),
-    "cap_feat_dim": 16,
-}
-LUMINA_NEXT: dict[str, Any] = {
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "num_kv_heads": 2,
-    "multiple_of": 8,
-    "cross_attention_dim": 16,
-    "learn_sigma": False,
-}
-JOYIMAGE: dict[str, Any] = {
-    "in_channels": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "text_dim": 16,
-    "num_layers": 2,
-    "rope_dim_list": [4, 6, 6],
-}
-AURAFLOW: dict[str, Any] = {
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 4,
-    "num_mmdit_layers": 1,
-    "num_single_dit_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "caption_projection_dim": 32,
-    "out_channels": 4,
-    "pos_embed_max_size": 400,
-}
-COGVIEW: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "out_channels": 4,
-    "text_embed_dim": 16,
-    "time_embed_dim": 8,
-    "condition_dim": 4,
-}
-HIDREAM: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "caption_channels": [16, 12],
-    "text_emb_dim": 8,
-    "axes_dims_rope": (4, 6, 6),
-    "max_resolution": (12, 12),
-    "llama_layers": (0, 1),
-    "num_routed_experts": 2,
-    "num_activated_experts": 1,
-}
-ERNIE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_layers": 2,
-    "ffn_hidden_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "patch_size": 1,
-    "text_in_dim": 16,
-    "rope_axes_dim": (4, 6, 6),
-}
-KREA2: dict[str, Any] = {
-    "in_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "timestep_embed_dim": 16,
-    "text_hidden_dim": 16,
-    "num_text_layers": 2,
-    "text_num_attention_heads": 2,
-    "text_num_key_value_heads": 2,
-    "text_intermediate_size": 16,
-    "num_layerwise_text_blocks": 1,
-    "num_refiner_text_blocks": 1,
-    "axes_dims_rope": (4, 6, 6),
-}
-BRIA_FIBO_2: dict[str, Any] = {
-    "in_channels": 4,
-    "patch_size": 2,
-    "dim": 32,
-    "n_layers": 2,
-    "n_refiner_layers": 1,
-    "n_heads": 2,
-    "cap_feat_dim": 16,
-    "injection_layer_ids": (1,),
-    "perceiver_num_layers": 1,
-    "min_num_gist_tokens": 4,
-    "max_num_gist_tokens": 8,
-    "gist_step": 2,
-    "gist_min_text_len": 4,
-    "gist_max_text_len": 32,
-    "axes_dims": (4, 6, 6),
-    "axes_lens": (64, 32, 32),
-}
 CROPS = {
     "original_size": torch.tensor([[96, 144]] * 2),
     "target_size": torch.tensor([[96, 144]] * 2),
@@ -277,31 +68,31 @@ PACKED = {"axes": "BNC"}
 CASES: dict[str, Case] = {
     "flux": (
         "FluxTransformer2DModel",
-        {**FLUX, "pooled_projection_dim": 8},
+        {**TINY["flux"], "pooled_projection_dim": 8},
         lambda: packed(*IMAGE, pooled_projections=rand(2, 8)),
         PACKED,
     ),
     "flux-kontext": (
         "FluxTransformer2DModel",
-        {**FLUX, "pooled_projection_dim": 8},
+        {**TINY["flux"], "pooled_projection_dim": 8},
         lambda: packed(*TWO, pooled_projections=rand(2, 8)),
         {**PACKED, "shapes": TWO},
     ),
     "flux-2": (
         "Flux2Transformer2DModel",
-        {**FLUX, "timestep_guidance_channels": 16, "axes_dims_rope": [4, 4, 4, 4]},
+        {**TINY["flux"], "timestep_guidance_channels": 16, "axes_dims_rope": [4, 4, 4, 4]},
         lambda: packed(*TWO, columns=4, guidance=torch.ones(2)),
         {**PACKED, "shapes": TWO},
     ),
     "flux-3": (
         "Flux3Transformer2DModel",
-        {**FLUX, "cond_in_channels": 4, "timestep_channels": 16, "axes_dims_rope": [4, 4, 4, 4]},
+        {**TINY["flux"], "cond_in_channels": 4, "timestep_channels": 16, "axes_dims_rope": [4, 4, 4, 4]},
         lambda: packed(*IMAGE, columns=4),
         PACKED,
     ),
     "lumina-next": (
         "LuminaNextDiT2DModel",
-        LUMINA_NEXT,
+        TINY["lumina_next"],
         lambda: given(
             timestep=FRACTIONS,
             encoder_mask=lengths(5, 4),
@@ -312,19 +103,19 @@ CASES: dict[str, Case] = {
     ),
     "joyimage": (
         "JoyImageEditTransformer3DModel",
-        JOYIMAGE,
+        TINY["joyimage"],
         lambda: given(hidden_states=rand(2, 2, 4, 1, 12, 18)),
         {"axes": "BNCFHW", "shapes": (*IMAGE, *IMAGE), "last_first": True},
     ),
     "chroma": (
         "ChromaTransformer2DModel",
-        {**FLUX, **CHROMA},
+        {**TINY["flux"], **TINY["chroma"]},
         lambda: packed(*IMAGE, attention_mask=torch.cat([lengths(5, 4), torch.ones(2, 54)], 1).float()),
         PACKED,
     ),
     "qwen": (
         "QwenImageTransformer2DModel",
-        QWEN,
+        TINY["qwen"],
         lambda: given(
             hidden_states=rand(2, 54, 16),
             timestep=FRACTIONS,
@@ -335,7 +126,7 @@ CASES: dict[str, Case] = {
     ),
     "qwen-edit": (
         "QwenImageTransformer2DModel",
-        QWEN,
+        TINY["qwen"],
         lambda: given(
             hidden_states=rand(2, 78, 16),
             timestep=FRACTIONS,
@@ -344,16 +135,16 @@ CASES: dict[str, Case] = {
         ),
         {**PACKED, "shapes": TWO},
     ),
-    "sd3": ("SD3Transformer2DModel", SD3, lambda: given(pooled_projections=rand(2, 8)), {}),
+    "sd3": ("SD3Transformer2DModel", TINY["sd3"], lambda: given(pooled_projections=rand(2, 8)), {}),
     "sd3.5": (
         "SD3Transformer2DModel",
-        {**SD3, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+        {**TINY["sd3"], "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
         lambda: given(pooled_projections=rand(2, 8)),
         {},
     ),
     "pixart": (
         "PixArtTransformer2DModel",
-        PIXART,
+        TINY["pixart"],
         lambda: given(
             encoder_attention_mask=lengths(5, 4), added_cond_kwargs={"resolution": None, "aspect_ratio": None}
         ),
@@ -361,13 +152,13 @@ CASES: dict[str, Case] = {
     ),
     "dit": (
         "DiTTransformer2DModel",
-        DIT,
+        TINY["dit"],
         lambda: {"hidden_states": rand(2, 4, 16, 16), "timestep": STEPS, "class_labels": torch.tensor([1, 2])},
         {"shapes": ((1, 8, 8),)},
     ),
     "hunyuan-dit": (
         "HunyuanDiT2DModel",
-        HUNYUAN_DIT,
+        TINY["hunyuan_dit"],
         lambda: given(
             timestep=STEPS.float(),
             text_embedding_mask=lengths(5, 4),
@@ -381,7 +172,7 @@ CASES: dict[str, Case] = {
     ),
     "hunyuan-image": (
         "HunyuanImageTransformer2DModel",
-        HUNYUAN_IMAGE,
+        TINY["hunyuan_image"],
         lambda: given(
             hidden_states=rand(2, 4, 6, 9),
             timestep=STEPS.float(),
@@ -393,32 +184,32 @@ CASES: dict[str, Case] = {
     ),
     "z-image": (
         "ZImageTransformer2DModel",
-        Z_IMAGE,
+        TINY["z_image"],
         lambda: {"x": [rand(4, 1, 12, 18), rand(4, 1, 12, 18)], "t": FRACTIONS, "cap_feats": [TEXTS[0], rand(40, 16)]},
         {"latent": "x", "axes": "LCFHW"},
     ),
     "lumina-2": (
         "Lumina2Transformer2DModel",
-        LUMINA2,
+        TINY["lumina2"],
         lambda: given(timestep=FRACTIONS, encoder_attention_mask=lengths(5, 5).bool()),
         {},
     ),
-    "auraflow": ("AuraFlowTransformer2DModel", AURAFLOW, lambda: given(timestep=FRACTIONS), {}),
+    "auraflow": ("AuraFlowTransformer2DModel", TINY["auraflow"], lambda: given(timestep=FRACTIONS), {}),
     "cogview3": (
         "CogView3PlusTransformer2DModel",
-        {**COGVIEW, "pos_embed_max_size": 16, "sample_size": 16},
+        {**TINY["cogview"], "pos_embed_max_size": 16, "sample_size": 16},
         lambda: given(**CROPS),
         {},
     ),
     "cogview4": (
         "CogView4Transformer2DModel",
-        {**COGVIEW, "rope_axes_dim": (8, 8)},
+        {**TINY["cogview"], "rope_axes_dim": (8, 8)},
         lambda: given(**CROPS, attention_mask=lengths(5, 4)),
         {},
     ),
     "glm-image": (
         "GlmImageTransformer2DModel",
-        {**COGVIEW, "prior_vq_quantizer_codebook_size": 16},
+        {**TINY["cogview"], "prior_vq_quantizer_codebook_size": 16},
         lambda: given(
             prior_token_id=torch.zeros(2, 54, dtype=torch.long),
             prior_token_drop=torch.zeros(2, 54, dtype=torch.bool),
@@ -429,7 +220,7 @@ CASES: dict[str, Case] = {
     ),
     "hidream": (
         "HiDreamImageTransformer2DModel",
-        HIDREAM,
+        TINY["hidream"],
         lambda: {
             "hidden_states": rand(2, 4, 16, 16),
             "timesteps": STEPS,
@@ -439,29 +230,29 @@ CASES: dict[str, Case] = {
         },
         {"shapes": ((1, 8, 8),)},
     ),
-    "bria": ("BriaTransformer2DModel", FLUX, lambda: packed(*IMAGE, timestep=STEPS), PACKED),
+    "bria": ("BriaTransformer2DModel", TINY["flux"], lambda: packed(*IMAGE, timestep=STEPS), PACKED),
     "bria-fibo": (
         "BriaFiboTransformer2DModel",
-        {**FLUX, "text_encoder_dim": 16},
+        {**TINY["flux"], "text_encoder_dim": 16},
         lambda: packed(*IMAGE, timestep=STEPS, text_encoder_layers=[TEXTS, TEXTS]),
         PACKED,
     ),
     "bria-fibo-2": (
         "BriaFibo2Transformer2DModel",
-        BRIA_FIBO_2,
+        TINY["bria_fibo_2"],
         lambda: given(timestep=FRACTIONS, encoder_hidden_states=rand(2, 2, TEXT, 16)),
         {},
     ),
     "longcat": (
         "LongCatImageTransformer2DModel",
-        {**FLUX, "pooled_projection_dim": 16},
+        {**TINY["flux"], "pooled_projection_dim": 16},
         lambda: packed(*IMAGE),
         PACKED,
     ),
-    "ovis": ("OvisImageTransformer2DModel", {**FLUX, "out_channels": 4}, lambda: packed(*IMAGE), PACKED),
+    "ovis": ("OvisImageTransformer2DModel", {**TINY["flux"], "out_channels": 4}, lambda: packed(*IMAGE), PACKED),
     "ernie": (
         "ErnieImageTransformer2DModel",
-        ERNIE,
+        TINY["ernie"],
         lambda: {
             "hidden_states": rand(2, 4, 6, 9),
             "timestep": STEPS,
@@ -472,7 +263,7 @@ CASES: dict[str, Case] = {
     ),
     "krea-2": (
         "Krea2Transformer2DModel",
-        KREA2,
+        TINY["krea2"],
         lambda: {
             "hidden_states": rand(2, 54, 4),
             "encoder_hidden_states": rand(2, TEXT, 2, 16),
@@ -482,6 +273,10 @@ CASES: dict[str, Case] = {
         PACKED,
     ),
 }
+
+
+def test_each_row_has_a_case():
+    assert {model for model, *_ in CASES.values()} == {row.model for row in MODELS.values() if row.kind == "image"}
 
 
 @pytest.mark.parametrize("name", CASES)
