@@ -21,8 +21,6 @@ def doctor(
     from ..kernels import selftest
     from .machine import machine, machine_lines, versions
 
-    said = {"versions": versions(), **machine()}
-    print(", ".join(f"{name} {number or 'missing'}" for name, number in said["versions"].items()))
     found = []
     for device in selftest.devices():
         about, test = selftest.describe(device), selftest.self_test(device)
@@ -34,6 +32,8 @@ def doctor(
     lacking = selftest.backends()
     for name, lack in lacking.items():
         print(f"backend {name}: {lack or 'ready'}")
+    said = {"versions": versions(), **machine()}
+    print(", ".join(f"{name} {number or 'missing'}" for name, number in said["versions"].items()))
     for line in machine_lines(said):
         print(line)
     if as_json:

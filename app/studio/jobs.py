@@ -79,7 +79,11 @@ class Store:
         name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
         job = Job(id=name, kind=kind, ask=ask, asked_at=now, place=now)
         self.home(job).mkdir()
-        self.save(job)
+        try:
+            self.save(job)
+        except BaseException:
+            self.remove(job)
+            raise
         return job
 
     def save(self, job: Job) -> None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
+from ...attention.dense import Dense
 from ...attention.levels import level0_reads
-from ...attention.plan import Plan
+from ...attention.plan import HeadGroup, HeadPlan, Plan
 from ...pipelines.media import whole
 from ...pipelines.request import Request, call_arguments
 from ...search.capture import Sample, capture
 from ...search.fidelity import pose
+from ...search.heatmap import attention_map, save
 from .jobs import Job
 from .texts import SETTINGS
 from .worker import Worker
 
 MOST_STEPS = 5
 INDEX = "maps.json"
-TALL = 420
 
 
 def map_steps(steps: int) -> list[int]:
@@ -59,70 +59,37 @@ def make_maps(worker: Worker, job: Job) -> None:
     first = [sample for sample in samples if sample.branch == samples[0].branch]
     found: dict[str, dict[str, str]] = {}
     for number, sample in enumerate(first):
-        worker.phase(job, "drawing", number + 1, len(first))
-        for head, picture in _pictures(sample, plan, ask["layer"]).items():
+        ran = plan if plan is None or plan.expert in (None, _expert(pipe, sample)) else None
+        for head, (mass, reads) in _maps(sample, ran, ask["layer"]).items():
+            worker.phase(job, "drawing", number + 1, len(first))
             name = f"head{head}-step{sample.step}.png"
-            _save(home / name, picture)
+            save(attention_map(mass, reads, f"layer {ask['layer']}, head {head}, step {sample.step}"), home / name)
             found.setdefault(str(head), {})[str(sample.step)] = name
     with whole(home / INDEX) as part:
         part.write_text(json.dumps(found))
     job.result = {"maps": found, "layer": ask["layer"], "branch": first[0].branch}
 
 
-def _pictures(sample: Sample, plan: Plan | None, layer: int) -> dict[int, np.ndarray]:
-    """Each head's map: softmax mass of query tiles (down) on key blocks (across), what is not read greyed."""
+def _expert(pipe: Any, sample: Sample) -> str:
+    """Which of a two-expert pipeline's transformers made a sample: the first makes the noisier steps."""
+    boundary = pipe.config.get("boundary_ratio")
+    return "transformer" if boundary is None or sample.noise_level >= boundary else "transformer_2"
+
+
+def _maps(sample: Sample, plan: Plan | None, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Each head's softmax mass [query tiles, key blocks] in its plan's order, and which of it is read exactly."""
     groups = plan.layers[layer].groups if plan is not None else ()
     if not groups:
-        heads = range(sample.query.shape[1])
-        return _drawn(sample, list(heads), None, None)
-    found: dict[int, np.ndarray] = {}
+        # Left to the host's attention, which reads everything.
+        whole_layer = HeadPlan(heads=tuple(range(sample.query.shape[1])), selector=Dense())
+        groups = (HeadGroup(entries=(whole_layer,)),)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in groups:
         for entry in group.entries:
-            found |= _drawn(sample, list(entry.heads), group, entry)
+            parts = {name: getattr(sample, name)[:1, list(entry.heads)].float() for name in ("query", "key", "value")}
+            problem = pose(replace(sample, **parts), group.order, tile=group.tile, block=group.block)
+            blocks, _ = problem.select(entry.selector, entry.rest)
+            count = problem.layout.blocks
+            reads = level0_reads(blocks, count).view(*blocks.start.shape, count).expand_as(problem.mass)
+            found |= {head: (problem.mass[0, place], reads[0, place]) for place, head in enumerate(entry.heads)}
     return found
-
-
-def _drawn(sample: Sample, heads: list[int], group: Any, entry: Any) -> dict[int, np.ndarray]:
-    from ...attention.order import TokenOrder
-
-    own = replace(sample, **{name: getattr(sample, name)[:1, heads].float() for name in ("query", "key", "value")})
-    order, tile, block = (group.order, group.tile, group.block) if group else (TokenOrder(), 128, 16)
-    problem = pose(own, order, tile=tile, block=block)
-    count = problem.layout.blocks
-    reads = None
-    if entry is not None:
-        blocks, _ = problem.select(entry.selector, entry.rest)
-        reads = level0_reads(blocks, count).view(*blocks.start.shape, count)[0]
-    pictures = {}
-    for place, head in enumerate(heads):
-        mass = problem.mass[0, place].numpy()
-        read = None if reads is None else reads[min(place, len(reads) - 1)].numpy()
-        pictures[head] = _paint(mass / np.maximum(mass.sum(1, keepdims=True), 1e-30), read)
-    return pictures
-
-
-def _paint(share: np.ndarray, read: np.ndarray | None) -> np.ndarray:
-    """uint8 [height, width, 3]: dark to bright over four decades of mass; unread blocks grey, with an edge around."""
-    import matplotlib
-
-    level = np.clip(1 + np.log10(np.maximum(share * share.shape[1], 1e-9)) / 4 - 0.25, 0, 1)
-    picture = matplotlib.colormaps["magma"](level)[..., :3]
-    tall = max(TALL // share.shape[0], 1)
-    wide = max(round(2 * TALL / share.shape[1]), 1)
-    large = np.repeat(np.repeat(picture, tall, 0), wide, 1)
-    if read is not None:
-        kept = np.repeat(np.repeat(read, tall, 0), wide, 1)
-        grey = large.mean(-1, keepdims=True) * 0.5 + 0.45
-        large = np.where(kept[..., None], large, grey)
-        edge = np.zeros_like(kept)
-        edge[1:] |= kept[1:] != kept[:-1]
-        edge[:, 1:] |= kept[:, 1:] != kept[:, :-1]
-        large[edge] = (0.1, 0.85, 0.75)
-    return (255 * large).round().astype(np.uint8)
-
-
-def _save(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    with whole(path) as part:
-        Image.fromarray(picture).save(part, format="PNG")

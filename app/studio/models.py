@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...pipelines.batch.identity import weightless
 from ...pipelines.generate import choose_plan
 from ...pipelines.loading import embedded_models
 from ...pipelines.media import whole
-from ...pipelines.plans import model_shape, shipped_plans, transformers_of
+from ...pipelines.plans import TRANSFORMERS, fitting, shipped_plans
 from ...pipelines.request import Request, complete
 from ...pipelines.settings import ModelSettings, model_settings
 from ...pipelines.sizes import SizeRule, memory_free, memory_needed, size_rule
@@ -43,6 +43,12 @@ class Model:
     @property
     def takes_image(self) -> bool:
         return "image" in self.parameters
+
+    @property
+    def experts(self) -> list[str]:
+        """Its transformers, where there is more than one."""
+        names = [name for name in TRANSFORMERS if getattr(self.pipe, name, None) is not None]
+        return names if len(names) > 1 else []
 
     @property
     def known(self) -> str:
@@ -135,8 +141,15 @@ class Shelf:
         """Raise ValueError where a plan is not for this model."""
         chosen = self.plan_of(name)
         if chosen not in ("auto", "none"):
-            shape = model_shape(next(iter(transformers_of(model.pipe).values())))
-            Plan.load(chosen).check(**asdict(shape))
+            fitting(Plan.load(chosen), model.pipe)
+
+    def fits(self, name: str, model: Model) -> bool:
+        """Is a plan there, and for this model?"""
+        try:
+            self.check_plan(name, model)
+        except ValueError:
+            return False
+        return True
 
     def take_plan(self, upload: str | Path) -> str:
         """Keep an uploaded plan; returns its name.

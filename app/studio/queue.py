@@ -34,7 +34,7 @@ class Full(ValueError):
 class Queue:
     """Jobs in the order that they will run.
 
-    workers: one for each device. most: jobs that may wait. trouble: what went wrong before any job, "" if nothing.
+    workers: one for each device. most: jobs that may wait. trouble: what went wrong outside any job, "" if nothing.
     """
 
     def __init__(self, store: Store, workers: Sequence[Work], *, most: int = 16):
@@ -123,7 +123,7 @@ class Queue:
             there = min(max(here + by, 0), len(line) - 1)
             line[here].place, line[there].place = line[there].place, line[here].place
             for job in (line[here], line[there]):
-                self.store.save(job)
+                self._save(job)
             self._tell()
 
     def delete(self, name: str) -> None:
@@ -157,9 +157,16 @@ class Queue:
         self.changes += 1
         self._changed.notify_all()
 
+    def _save(self, job: Job) -> None:
+        """A full disk must not end the thread that serves a device."""
+        try:
+            self.store.save(job)
+        except OSError as wrong:
+            self.trouble = sentence(wrong)
+
     def _end(self, job: Job, status: Any, error: str = "") -> None:
         job.status, job.error, job.ended_at = status, error, time.time()
-        self.store.save(job)
+        self._save(job)
         self._tell()
 
     def _next(self) -> Job | None:
@@ -169,7 +176,7 @@ class Queue:
                 if line:
                     job = line[0]
                     job.status, job.started_at = "running", time.time()
-                    self.store.save(job)
+                    self._save(job)
                     self._tell()
                     return job
                 self._changed.wait()

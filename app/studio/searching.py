@@ -63,6 +63,7 @@ def make_search(worker: Worker, job: Job) -> None:
             prompts=prompts[: ask["prompts"]],
             held_out=held_out,
             candidates=[one for one in default_candidates() if one.family in ask["families"]],
+            expert=ask["expert"],
             noise_steps=ask["noise_steps"],
             steps=ask["steps"],
             frames=ask["frames"],

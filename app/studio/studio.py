@@ -134,8 +134,8 @@ class Studio:
         return self.queue.add("maps", ask, keep_image)
 
     def submit_search(self, asked: Mapping[str, Any]) -> Job:
-        """Put a search in the queue: model, goal and its value (a budget in percent), families, prompts, noise_steps,
-        proofs, steps, frames and seed.
+        """Put a search in the queue: model, expert, goal and its value (a budget in percent), families, prompts,
+        noise_steps, proofs, steps, frames and seed.
 
         Raises ValueError for what no search could run with, `Full` where too many jobs wait.
         """
@@ -148,6 +148,7 @@ class Studio:
         numbers = ("prompts", "noise_steps", "proofs", "steps", "frames", "seed")
         ask = {**asked, "value": value, **{name: None if asked[name] is None else int(asked[name]) for name in numbers}}
         ask["frames"] = ask["frames"] if model.video else None
+        ask["expert"] = ask["expert"] if model.experts else None
         request = Request(prompt="search", steps=ask["steps"], frames=ask["frames"], seed=ask["seed"])
         model.complete(request, compare=True, device=self.devices[0])
         return self.queue.add("search", ask)

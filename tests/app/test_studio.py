@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,20 @@ class Hand:
         while not job.ask.get("go"):
             if job.wanted:
                 raise Stopped
-            os.sched_yield()
+            time.sleep(0.002)
         if job.ask["go"] == "fail":
             raise KeyError("lost")
         self.done.append(job.ask["prompt"])
 
 
 @pytest.fixture
-def line(tmp_path):
+def line(tmp_path, wait_until):
     """A queue of one hand, with its first job running."""
     hand = Hand()
     queue = Queue(Store(tmp_path), [hand], most=3)
     queue.start()
     first = queue.add("video", {"prompt": "first"})
+    wait_until(lambda: first.status == "running")
     yield queue, hand, first
     queue.close()
 
@@ -57,7 +59,6 @@ def line(tmp_path):
 def test_jobs_run_one_at_a_time_in_an_order_that_can_be_changed(line, wait_until):
     queue, hand, first = line
     second, third, fourth = (queue.add("video", {"prompt": name, "go": "on"}) for name in ("second", "third", "fourth"))
-    wait_until(lambda: first.status == "running")
     with pytest.raises(Full, match="3 jobs wait already"):
         queue.add("video", {"prompt": "fifth"})
     assert [queue.ahead(job) for job in (second, third, fourth)] == [1, 2, 3]
@@ -83,11 +84,26 @@ def test_a_crash_in_one_job_leaves_the_next(line, wait_until):
     assert (first.status, first.error) == ("failed", "unexpected KeyError: 'lost'; run again with --debug to see where")
 
 
+def test_a_full_disk_leaves_the_queue_at_work(line, wait_until, monkeypatch):
+    queue, hand, first = line
+    queue.add("video", {"prompt": "second", "go": "on"})
+
+    def full(_job: Job) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(queue.store, "save", full)
+    first.ask["go"] = "on"
+    wait_until(lambda: hand.done == ["first", "second"])
+    assert queue.trouble == "No space left on device"
+    with pytest.raises(OSError, match="No space left"):
+        queue.add("video", {"prompt": "third"})
+    assert len([path for path in queue.store.folder.iterdir() if path.name[0].isdigit()]) == 2
+
+
 def test_stopping(line, wait_until):
     queue, hand, first = line
     second = queue.add("video", {"prompt": "second", "go": "on"})
     queue.stop(second.id)
-    wait_until(lambda: first.status == "running")
     with pytest.raises(ValueError, match="nothing to keep yet"):
         queue.stop(first.id, keep=True)
     queue.stop(first.id)
@@ -95,10 +111,9 @@ def test_stopping(line, wait_until):
     assert (first.status, second.status, hand.done) == ("stopped", "stopped", [])
 
 
-def test_jobs_outlive_the_app(line, wait_until):
+def test_jobs_outlive_the_app(line):
     queue, _, first = line
     second = queue.add("video", {"prompt": "second"})
-    wait_until(lambda: first.status == "running")
     (queue.store.folder / "20260101-000000-abcdef").mkdir()
     (queue.store.folder / "20260101-000000-abcdef" / "job.json").write_text("{}")
     # As after a power cut: what the folder holds is all there is.
@@ -111,7 +126,7 @@ def test_jobs_outlive_the_app(line, wait_until):
 
 def finished(studio: Any, form: Form, wait_until: Any) -> Job:
     job = studio.submit(form)
-    wait_until(lambda: job.ended, what=str(job))
+    wait_until(lambda: job.ended, what=lambda: job)
     assert job.made, job.error
     return job
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SECONDS = 60_000
+SECONDS = 300_000
+# Messages go after a while, which on a busy machine may be before anyone looked.
+KEEP_MESSAGES = """window.told = new Set();
+new MutationObserver(() => document.querySelectorAll('[data-testid=toast-body]').forEach(e => told.add(e.textContent)))
+  .observe(document, {subtree: true, childList: true, characterData: true});"""
 OURS = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
 
 
@@ -24,6 +29,7 @@ def context(chromium) -> Iterator[Any]:
 def page(context, served) -> Iterator[Any]:
     """A fresh page on the app; in the end, nothing outside was asked for and no script failed."""
     opened = context.new_page()
+    opened.add_init_script(KEEP_MESSAGES)
     outside: list[str] = []
     errors: list[str] = []
     opened.on("request", lambda request: None if request.url.startswith(OURS) else outside.append(request.url))
@@ -61,10 +67,18 @@ def ask(page: Any, studio: Any, wait_until: Any, *, prompt: str, steps: int = 3)
     before = len(studio.queue.all())
     fill(page, "Prompt", prompt)
     fill(page, "Steps", steps)
-    page.wait_for_timeout(300)
-    page.click("#generate")
-    wait_until(lambda: len(studio.queue.all()) > before)
+    # By the keyboard: a press does not miss, wherever the layout moves the button meanwhile.
+    page.locator("#generate").press("Enter")
+    wait_until(
+        lambda: len(studio.queue.all()) > before, what=lambda: page.get_by_test_id("toast-body").all_inner_texts()
+    )
     return newest(studio)
+
+
+def choose(page: Any, field: str, option: str) -> None:
+    """Choose in a dropdown."""
+    page.locator(field).click()
+    page.get_by_role("option", name=option, exact=True).click()
 
 
 def test_generate_and_compare(page, served, sparse_plan, tmp_path, wait_until):
@@ -132,7 +146,7 @@ def test_errors_are_sentences_and_the_app_goes_on(page, served, monkeypatch, wai
     fill(page, "Height", 40)
     page.wait_for_function("document.querySelector('#estimate').innerText.includes('nearest that work are 32 and 48')")
     page.click("#generate")
-    page.get_by_text("nearest that work are 32 and 48").nth(1).wait_for()
+    page.wait_for_function("[...told].some(t => t.includes('nearest that work are 32 and 48'))")
     fill(page, "Height", 32)
 
     def broken(*_args: Any, **_more: Any) -> None:
@@ -168,31 +182,63 @@ def test_plan_and_its_attention_maps(page, served, sparse_plan, tmp_path, wait_u
     page.wait_for_selector("#map img[alt^='Attention map of layer 1, head 0']")
 
 
-def test_a_short_search(page, served, wait_until):
-    studio, _ = served
+@pytest.fixture
+def second_plan(monkeypatch):
+    """Searches whose front holds one more plan: on a model this small stock attention is cheapest, and alone there."""
+    from ziggurat.search import run
+
+    real = run.search
+
+    def search(pipe: Any, folder: Path, **asked: Any) -> Any:
+        done = real(pipe, folder, **asked)
+        found = done.findings
+        number = next(i for i, one in enumerate(found.candidates) if one.family == "window")
+        cheapest = found.front[found.chosen]
+        picks: list[Any] = [[number] * found.shape.heads] * found.shape.layers
+        more = cheapest.model_copy(update={"seconds": 2 * cheapest.seconds, "density": 0.5, "picks": picks})
+        longer = found.model_copy(update={"front": [*found.front, more]})
+        longer.save(Path(folder))
+        return replace(done, findings=longer)
+
+    monkeypatch.setattr(run, "search", search)
+
+
+def test_a_short_search(page, served, second_plan, wait_until):
+    studio, address = served
     page.get_by_role("tab", name="Search").click()
     for family in ("stripe", "skip", "topk", "precise", "loglinear", "pyramid"):
         page.get_by_label(family, exact=True).uncheck()
     fill(page, "Steps of a run", 2)
-    page.get_by_label("number input for Prompts to measure on").fill("1")
-    page.get_by_label("number input for Steps to measure at").fill("1")
-    page.wait_for_timeout(300)
-    page.click("#search")
+    fill(page, "number input for Prompts to measure on", 1)
+    fill(page, "number input for Steps to measure at", 1)
+    page.locator("#search").press("Enter")
     page.wait_for_selector("#front circle")
     job = newest(studio)
     assert (job.kind, job.ask["families"], job.ask["steps"]) == ("search", ["window"], 2)
     assert page.frame_locator("#report iframe").locator("body").inner_text()
+    holds = "[...document.querySelectorAll('input')].some(i => i.value === '{}')"
+    page.wait_for_function(holds.format(job.result["plans"][str(job.result["chosen"])]))
     other = next(i for i in range(len(job.result["front"])) if i != job.result["chosen"])
     page.locator(f"#front [data-point='{other}']").press("Enter")
     wait_until(lambda: str(other) in job.result["plans"])
     name = job.result["plans"][str(other)]
     page.get_by_role("tab", name="Generate").click()
-    page.wait_for_function(f"[...document.querySelectorAll('input')].some(i => i.value === '{name}')")
+    page.wait_for_function(holds.format(name))
+    ask(page, studio, wait_until, prompt="a red circle", steps=2)
+    assert newest(studio).ask["plan"] == name
+    # A page that opens later is as the last video was made, and not as the last search would have it.
+    choose(page, "#plan input", "none")
+    ask(page, studio, wait_until, prompt="a red circle", steps=2)
+    visit(page, address)
+    page.wait_for_timeout(1500)
+    assert page.locator("#plan input").input_value() == "none"
 
 
 def test_history(page, served, wait_until):
     studio, _ = served
-    ask(page, studio, wait_until, prompt="a large blue circle", steps=2)
+    first = ask(page, studio, wait_until, prompt="a red circle", steps=2)
+    second = ask(page, studio, wait_until, prompt="a large blue circle", steps=2)
+    wait_until(lambda: first.made and second.made)
     page.wait_for_selector("#player video")
     made = [job for job in studio.queue.all() if job.made and job.kind == "video"]
     page.get_by_role("tab", name="History").click()
@@ -213,14 +259,39 @@ def test_history(page, served, wait_until):
     assert not (studio.store.folder / made[0].id).exists()
 
 
-def test_an_image_model(page, served, image_model, wait_until):
+def test_an_image_model(page, served, image_model, sparse_plan, tmp_path, wait_until):
     studio, _ = served
-    page.get_by_label("Model", exact=True).first.click()
-    page.get_by_role("option", name=str(image_model)).click()
+    # A plan for the other model must not stay chosen.
+    page.locator("input[type=file]").first.set_input_files(sparse_plan(name="video").save(tmp_path / "plan.json"))
+    page.wait_for_function("document.querySelector('#plan input').value.startsWith('mine: video')")
+    choose(page, "#model input", str(image_model))
     page.get_by_label("Frames", exact=True).first.wait_for(state="hidden")
+    page.wait_for_function("document.querySelector('#plan input').value === 'auto'")
     job = ask(page, studio, wait_until, prompt="a red circle", steps=2)
     page.wait_for_selector("#player img")
     assert job.result["video"] == "video.png"
+
+
+def test_the_keyboard_goes_all_the_way(page, served, wait_until):
+    studio, _ = served
+    before = len(studio.queue.all())
+    page.get_by_label("Prompt", exact=True).first.focus()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("a red circle")
+    passed = []
+    while (now := page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")) != "generate":
+        passed.append(now)
+        assert len(passed) < 60, passed
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    wait_until(lambda: len(studio.queue.all()) > before)
+    assert newest(studio).ask["prompt"] == "a red circle"
+    page.get_by_role("tab", name="Generate").focus()
+    for tab in ("Plan", "Search", "History"):
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"document.activeElement.innerText === '{tab}'")
+        page.keyboard.press("Enter")
+        assert page.get_by_role("tab", name=tab).get_attribute("aria-selected") == "true"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -20,14 +21,23 @@ def number(label: str, value: int | None, step: int, *, minimum: int = 1, visibl
     return gr.Number(label=label, value=value, step=step, minimum=minimum, precision=0, min_width=90, visible=visible)
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
+SHOWN_SECONDS = 20.0
+"""A message's: long enough to read the longest twice."""
+
+
+def refused(error: Exception, title: str = "Not done") -> gr.Error:
+    """What went wrong, as a message on the page."""
+    return gr.Error(escape(str(error), quote=False), title=title, duration=SHOWN_SECONDS, print_exception=False)
+
+
+def told(function: Callable[..., Any], title: str = "Not done") -> Callable[..., Any]:
     """The function, with what it refuses shown on the page."""
 
     def call(*values: Any) -> Any:
         try:
             return function(*values)
         except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="Not done", print_exception=False) from error
+            raise refused(error, title) from error
 
     return call
 
@@ -48,7 +58,7 @@ def act_on(studio: Studio) -> Callable[..., Any]:
             elif asked == "delete":
                 queue.delete(name)
         except ValueError as error:
-            raise gr.Error(str(error), title="Not done", print_exception=False) from error
+            raise refused(error) from error
         return shown
 
     return act

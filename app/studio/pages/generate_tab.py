@@ -11,7 +11,7 @@ from .. import texts
 from ..jobs import Job
 from ..player import player
 from ..studio import PRESETS, Form, Studio
-from .common import act_on, html, number, told
+from .common import act_on, html, number, refused, told
 from .look import script
 
 EXAMPLES = (
@@ -56,8 +56,10 @@ class GenerateTab:
                 )
                 with gr.Row():
                     names = list(studio.shelf.models)
-                    self.model = gr.Dropdown(names, value=names[0], label="Model", min_width=140)
-                    self.plan = gr.Dropdown(studio.shelf.plan_names(), value="auto", label="Plan", min_width=140)
+                    self.model = gr.Dropdown(names, value=names[0], label="Model", min_width=140, elem_id="model")
+                    self.plan = gr.Dropdown(
+                        studio.shelf.plan_names(), value="auto", label="Plan", min_width=140, elem_id="plan"
+                    )
                 self.upload = gr.UploadButton("Upload a plan file", file_types=[".json"], size="sm")
                 self.preset = gr.Radio(list(PRESETS), value=PRESETS[1], label="Preset")
                 with gr.Row():
@@ -108,7 +110,7 @@ class GenerateTab:
             field.change(self._estimate, self.fields, self.estimate, queue=False, trigger_mode="always_last", **quiet)
         shape = [self.negative, self.image, self.guidance]
         sizes = [self.width, self.height, self.frames, self.steps]
-        self.model.input(self._choose_model, self.model, [*shape, *sizes], **quiet)
+        self.model.input(self._choose_model, [self.model, self.plan], [self.plan, *shape, *sizes], **quiet)
         self.preset.input(self._preset, [self.preset, self.model], sizes, **quiet)
         self.upload.upload(self._take_plan, [self.upload, self.model], self.plan, **quiet)
         self.stop.click(told(lambda shown: self.studio.queue.stop(shown)), self.shown, None, **quiet)
@@ -147,16 +149,18 @@ class GenerateTab:
         try:
             job = self.studio.submit(self.form(*values))
         except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="Not started", print_exception=False) from error
+            raise refused(error, "Not started") from error
         return job.id, job.ask["seed"]
 
     def _estimate(self, *values: Any) -> str:
         return self.studio.estimate(self.form(*values))
 
-    def _choose_model(self, name: str) -> list[Any]:
+    def _choose_model(self, name: str, plan: str) -> list[Any]:
         model = self.studio.shelf.model(name)
         usual, rule = model.defaults, model.rule
         return [
+            # A plan for another model would only be refused.
+            gr.skip() if self.studio.shelf.fits(plan, model) else "auto",
             gr.update(visible="negative_prompt" in model.parameters),
             gr.update(visible=model.takes_image),
             gr.update(visible="guidance_scale" in model.parameters, value=usual.guidance),
@@ -175,7 +179,7 @@ class GenerateTab:
             name = self.studio.shelf.take_plan(path)
             self.studio.shelf.check_plan(name, self.studio.shelf.model(model))
         except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="Not a plan for this model", print_exception=False) from error
+            raise refused(error, "Not a plan for this model") from error
         return gr.update(choices=self.studio.shelf.plan_names(), value=name)
 
     def _reuse(self, shown: str | None) -> tuple[Any, bool]:

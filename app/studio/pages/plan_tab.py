@@ -14,8 +14,8 @@ from .look import script
 
 Chosen = list[int] | None
 CAPTION = (
-    "The last run's sentence and seed, run dense. Queries down, keys across, in the plan's order; the brighter, the"
-    " more mass, in tenfold steps. Outlined and in colour: blocks read exactly; grey: read pooled or left out."
+    "The last run's sentence and seed, run dense: queries down, keys across, in the plan's order. Outlined on the left"
+    " and in colour on the right: blocks that the plan reads exactly; the rest is read pooled or left out."
 )
 
 
@@ -55,9 +55,6 @@ class PlanTab:
         self.heat.click(self._choose, where, [self.chosen, *shown], **quiet)
         self.draw.click(told(self._draw), [*where, self.chosen], self.state, **quiet)
         self.steps.input(self._picture, [*where, self.chosen, self.steps], self.map, **quiet)
-
-    def _choose_plan(self, model: str, plan: str) -> list[Any]:
-        return [None, *self.look(model, plan, None)]
 
     def _choose(self, model: str, plan: str, event: gr.EventData) -> list[Any]:
         chosen = [int(event._data["layer"]), int(event._data["head"])]
@@ -107,7 +104,7 @@ class PlanTab:
         place = (chosen[0], chosen[1]) if chosen else None
         return [
             plan_view.heat(found, cells, place),
-            plan_view.plan_text(found),
+            plan_view.plan_text(found, cells),
             summary,
             *self.look_at_head(model, plan, chosen, cells),
         ]

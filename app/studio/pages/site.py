@@ -40,7 +40,7 @@ def build(studio: Studio) -> gr.Blocks:
                 history = HistoryTab(studio, generate)
         watched = [*generate.watched, history.gallery, *searches.watched]
         history.wire(tabs)
-        searches.wire(generate.plan, plans.plan)
+        searches.wire(generate.model, generate.plan, plans.plan)
 
         def look(
             shown: str | None, chosen: str | None, search: str | None, picked: int | None, seen: dict[int, Any]
@@ -63,15 +63,14 @@ def build(studio: Studio) -> gr.Blocks:
             latest = next(iter(videos), None)
             fields = generate.load(latest)
             name = shown.id if shown else None
-            search = searches.latest()
+            search, offered = searches.latest()
             found = [*generate.look(name), history.look(None), *searches.look(search, None)]
             estimate = generate.first_estimate(latest)
-            return [name, search, estimate, *fields, *found, dict(enumerate(found))]
+            return [name, search, offered, estimate, *fields, *found, dict(enumerate(found))]
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-        page.load(
-            first, None, [generate.shown, searches.shown, generate.estimate, *generate.fields, *watched, signs], **quiet
-        )
+        places = [generate.shown, searches.shown, searches.offered]
+        page.load(first, None, [*places, generate.estimate, *generate.fields, *watched, signs], **quiet)
         page.load(
             lambda: plans.look(next(iter(studio.shelf.models)), "auto", None),
             None,
