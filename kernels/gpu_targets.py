@@ -52,6 +52,8 @@ _BLACKWELL: Table = {("grad_query", 64, 16): (64, 64, 4, 2), **_WIDE}
 # Products of m16n8k16 hold output and scores in registers: half the rows a step, so that nothing spills.
 _NARROW: Table = {
     ("forward", 64, 1024): (128, 64, 8, 3),
+    # What is padded to 128 has masks to hold as well.
+    ("forward", 127, 1024): (128, 32, 8, 2),
     ("forward", 128, 1024): (128, 32, 8, 3),
     ("forward", 256, 1024): (64, 32, 8, 2),
     ("grad_query", 64, 1024): (128, 64, 8, 2),

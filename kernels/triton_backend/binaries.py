@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..binaries import COPIES
 from ..blocklist import mask_words
 from ..gpu_devices import DEVICES, occupancy
 from ..gpu_targets import KERNELS, TARGETS, Launch, config, fit, options, padded, smaller, upright
@@ -37,6 +38,11 @@ LONGS = {"START", "MASK_START", "ALL_START"}
 # Products of a kernel that each multiply tile × rows × head_dim, and of those tables' rows that a step loads.
 PRODUCTS = {"forward": 2, "grad_query": 3, "grad_rows": 4, "mass": 1}
 LOADED = {"forward": 2, "grad_query": 2, "grad_rows": 2, "mass": 1}
+# Row maps are loaded 16 bytes wide as well, from a base in scalar registers; rows have an address for each lane.
+WIDE_COPIES = {
+    "async_copies": r"cp\.async\.cg\.shared\.global[^;]*, 0x10|\bglobal_load_lds_dwordx4",
+    "wide_loads": r"\bglobal_load_dwordx4 v\[[\d:]+\], v\[[\d:]+\], off",
+}
 
 
 def rows(targets: tuple[str, ...] = TARGETS, kernels: tuple[str, ...] = KERNELS) -> Iterator[dict[str, Any]]:
@@ -54,8 +60,9 @@ def row(kernel: str, target: str, head_dim: int, block: int) -> dict[str, Any]:
     registers: per thread. stack: bytes of local memory per thread (AMD: of scratch), 0 unless registers spill.
     spills: AMD's spilled registers. local: instructions that touch local memory. occupancy: blocks per processor.
     wgmma, tcgen05, mma_sync, mfma: instructions in the mask-free loop. work: their products ÷ those that attention
-    needs. async_copies: 16-byte asynchronous copies in that loop, of one thread. async_share: the share of the rows'
-    bytes that they bring. group: blocks per step.
+    needs. async_copies: 16-byte asynchronous copies to shared memory in that loop, of one thread. wide_loads: AMD's
+    16-byte loads of rows to registers. wide_share: the share of the rows' bytes that come by the target's own of the
+    two, see `kernels.binaries.COPIES`. group: blocks per step.
     """
     launch: Launch = fit(kernel, getattr(config(target, head_dim, block), kernel), TILE, block)
     compiled = compile_kernel(kernel, target, head_dim, block, launch)
@@ -70,7 +77,8 @@ def row(kernel: str, target: str, head_dim: int, block: int) -> dict[str, Any]:
     loop = main_loop(text)
     flops, counts = products(loop, text, launch.warps)
     needed = PRODUCTS[kernel] * 2 * launch.tile * launch.rows * padded(head_dim)
-    copies = len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", loop))
+    copies = {name: len(re.findall(pattern, loop, re.M)) for name, pattern in WIDE_COPIES.items()}
+    moved = copies[COPIES[target]] * 16 * gpu_target(target).warp_size * launch.warps
     # A step of grad_rows loads queries, of the others key rows.
     step = launch.tile if kernel == "grad_rows" else launch.rows
     return {
@@ -87,8 +95,8 @@ def row(kernel: str, target: str, head_dim: int, block: int) -> dict[str, Any]:
         ),
         **counts,
         "work": round(flops / needed, 3),
-        "async_copies": copies,
-        "async_share": round(copies * 16 * 32 * launch.warps / (LOADED[kernel] * step * padded(head_dim) * 2), 3),
+        **copies,
+        "wide_share": round(moved / (LOADED[kernel] * step * padded(head_dim) * 2), 3),
     }
 
 

@@ -29,7 +29,7 @@ def mass_tile(
     MASS += item.to(tl.int64) * level_blocks
     GROUP: tl.constexpr = ROWS // PADDED
     place = tl.arange(0, ROWS)
-    for part in tl.range(0, PARTS):
+    for part in range(0, PARTS):
         tokens = query_tokens(QUERY_ROWS, head * query_rows_h + tile, LIST_TILE, PARTS, TILE, part)
         query = load_tokens(Q, tokens, q_n, dims, D, COMPUTE)
         lse = tl.load(LSE + number * queries + tokens, mask=tokens >= 0, other=float("-inf"))

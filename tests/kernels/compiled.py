@@ -2,59 +2,76 @@
 
 python compiled.py <part> <parts>, in a process of its own without TRITON_INTERPRET; no GPU is needed. With --write
 it compiles all of them and writes the committed table. With `launched` it compiles what the host launches, with `wide`
-some in float32, and prints what they spill.
+some in float32 and of other head_dims, and prints what they spill; with `tight` it launches on a chip that has too
+little shared memory; with `direct` it compiles for AMD's chips with copies from memory to shared memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
+import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ziggurat.kernels.binaries import write_table
 from ziggurat.kernels.cases import Case, build
-from ziggurat.kernels.gpu_targets import KERNELS, TARGETS
+from ziggurat.kernels.gpu_devices import DEVICES
+from ziggurat.kernels.gpu_targets import KERNELS, TARGETS, config, fit
 from ziggurat.kernels.transpose import transpose
-from ziggurat.kernels.triton_backend import host, launch
+from ziggurat.kernels.triton_backend import binaries, host, launch
 from ziggurat.kernels.triton_backend.binaries import BLOCKS, HEAD_DIMS, gpu_target, row, spilled
 
 
 class NoGpu:
-    """Triton's driver of a GPU that is not there: enough for a launch to be compiled, not run."""
+    """Triton's driver of a GPU that is not there: all of a launch but running it, which Triton itself refuses where the
+    GPU's shared memory would not hold it."""
 
-    def __init__(self, target: str) -> None:
-        self.name, self.target = target, gpu_target(target)
+    numbers = itertools.count()
+
+    def __init__(self, target: str, shared: int) -> None:
+        # Triton keeps what it compiled, and how much memory there is, by device.
+        self.number, self.target = next(self.numbers), gpu_target(target)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": shared},
+            load_binary=lambda name, kernel, used, device: (0, 0, 0, 0, 1024),
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *_: None
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device.
-        return TARGETS.index(self.name)
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def launched(target: str, case: Case) -> list[str]:
-    """The kernels that `attend`, its backward and `block_mass` launch on a case, compiled with what the host gives."""
-    driver: Any = NoGpu(target)
+def launched(target: str, case: Case, shared: int) -> list[list[Any]]:
+    """What `attend`, its backward and `block_mass` launch on a case: each kernel's name and bytes of shared memory."""
+    driver: Any = NoGpu(target, shared)
     triton.runtime.driver.set_active(driver)
     names = []
 
-    def compile_only(self, grid):
-        def launch(*given, **named):
-            names.append(self.fn.__name__)
-            return self.warmup(*given, grid=grid, **named)
+    def record(self, grid):
+        def run(*given, **named):
+            kernel = self.run(*given, grid=grid, warmup=False, **named)
+            names.append([self.fn.__name__, kernel.metadata.shared])
 
-        return launch
+        return run
 
-    JITFunction.__getitem__ = compile_only
+    JITFunction.__getitem__ = record
     launch.target_of = lambda index: target
     problem = build(case, torch.bfloat16)
     pyramid, blocks = problem.pyramid(), problem.blocks
@@ -71,16 +88,64 @@ def launched(target: str, case: Case) -> list[str]:
     return names
 
 
+def tight() -> dict[str, Any]:
+    """Launches on a chip that runs the code of cuda:80 but has less shared memory, twice, and on one with next to none.
+
+    said: in debug output, by the first run and the second. steps: kernel, shared memory of the table's launch, and of
+    the launch that was taken. refused: what the chip with next to none says.
+    """
+    case = Case(lists="masked", tokens=130, head_dim=128, block=64, tile=128, batch=1, heads=1, factors=(1, 4))
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    launch.log.addHandler(handler)
+    launch.log.setLevel(logging.DEBUG)
+    roomy = launched("cuda:80", case, DEVICES["cuda:80"].shared_block)
+    launch._fitted.clear()
+    said, runs = [], []
+    for _ in range(2):
+        runs.append(launched("cuda:80", case, 48 << 10))
+        said.append(list(lines))
+        lines.clear()
+    launch._fitted.clear()
+    refused = ""
+    try:
+        launched("cuda:80", case, 1 << 10)
+    except ValueError as error:
+        refused = str(error)
+    return {"roomy": roomy, "runs": runs, "said": said, "refused": refused}
+
+
+def direct(target: str) -> list[str]:
+    """The copies from memory straight to shared memory that Triton makes for a chip where it is told to."""
+    with knobs.amd.scope():
+        knobs.amd.use_async_copy = True
+        cut = fit("forward", config(target, 128, 64).forward, 128, 64)
+        text = binaries.compile_kernel("forward", target, 128, 64, cut).asm["amdgcn"]
+    return sorted(set(re.findall(r"\b(?:global|buffer)_load_lds_\w+", text)))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "launched":
         small = Case(lists="all", tokens=1, head_dim=16, block=16, tile=16, batch=1, heads=1)
         other = Case(lists="masked", tokens=130, head_dim=80, block=32, tile=48, factors=(1, 4), layout="gaps")
-        print(json.dumps([launched("cuda:90", small), launched("hip:gfx942", small), launched("cuda:80", other)]))
+        given = (("cuda:90", small), ("hip:gfx942", small), ("cuda:80", other))
+        print(json.dumps([launched(target, case, DEVICES[target].shared_block) for target, case in given]))
         sys.exit()
     if sys.argv[1] == "wide":
         wide = [("forward", t, 128, 16) for t in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")]
         wide += [("grad_query", "cuda:80", 128, 16), ("grad_rows", "cuda:80", 128, 16), ("mass", "cuda:90", 128, 64)]
-        print(json.dumps([spilled(*job, "fp32") for job in wide]))
+        padded = [(k, t, 80, b) for k in KERNELS for t in ("cuda:89", "cuda:120") for b in (16, 64) if k != "mass"]
+        large = [("forward", t, 256, 16) for t in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")]
+        large += [("grad_query", "cuda:80", 256, 64), ("grad_rows", "hip:gfx942", 256, 64)]
+        fine = [spilled(*job, "bf16") for job in (*padded, *large)]
+        print(json.dumps({"float32": [spilled(*job, "fp32") for job in wide], "bfloat16": fine}))
+        sys.exit()
+    if sys.argv[1] == "tight":
+        print(json.dumps(tight()))
+        sys.exit()
+    if sys.argv[1] == "direct":
+        print(json.dumps({target: direct(target) for target in ("hip:gfx942", "hip:gfx950")}))
         sys.exit()
     jobs = [(k, t, d, b) for t in TARGETS for k in KERNELS for d in HEAD_DIMS for b in BLOCKS]
     if sys.argv[1] == "--write":

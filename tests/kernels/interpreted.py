@@ -2,6 +2,7 @@
 
 python interpreted.py <part> <parts>, in a process of its own: what is interpreted can't be compiled as well.
 python interpreted.py compile: whether torch.compile takes it whole.
+python interpreted.py far: whether tensors whose offsets pass 2³¹ give the same bits as near ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 import traceback
 from typing import Any
 
@@ -25,12 +27,21 @@ from triton.runtime import interpreter
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.case_pairs import pairwise_cases
 from ziggurat.kernels.cases import Case, Problem, build
+from ziggurat.kernels.gpu_targets import Launch, fit, smaller
 from ziggurat.kernels.listops import all_blocks
 from ziggurat.kernels.mass import block_mass
 from ziggurat.kernels.pyramid import KVPyramid
-from ziggurat.kernels.triton_backend import ops
+from ziggurat.kernels.triton_backend import launch, ops
 
 LARGE = Case(lists="sparse", tokens=4429, head_dim=64, block=64, tile=128, batch=1, heads=1, factors=(1, 16))
+# Launches made smaller, down to the smallest, as on chips with too little shared memory.
+TIGHT = Case(lists="masked", tokens=70, head_dim=16, block=64, tile=128, batch=1, heads=1, factors=(1, 4))
+TIMES_SMALLER = (3, 4, 5, 7)
+JOBS: list[tuple[Case, str, int]] = [
+    (LARGE, "float32", 0),
+    *((case, dtype, 0) for case, dtype in pairwise_cases()),
+    *((TIGHT, "float16", times) for times in TIMES_SMALLER),
+]
 
 
 def mend_the_interpreter() -> None:
@@ -77,13 +88,18 @@ def gradients(problem: Problem, weight: torch.Tensor, dtype: torch.dtype, backen
     # The pyramid is pooled in the precision that the problem has.
     pyramid = problem.pyramid(*tensors[1:])
     out, lse = attend(tensors[0], pyramid, problem.blocks, backend=backend)
-    return [out, lse, *torch.autograd.grad(out, tensors, weight.to(dtype))]
+    return [out.detach(), lse, *torch.autograd.grad(out, tensors, weight.to(dtype))]
 
 
-def measure(case: Case, dtype: torch.dtype) -> dict:
+def measure(case: Case, dtype: torch.dtype, times: int = 0) -> dict:
     """Distances to the reference in float64, beside those that inputs nudged by one rounding move it."""
     torch.manual_seed(0)
     problem = build(case, dtype)
+    if problem.key_log_weight is not None:
+        # Rows of weight -inf are unread: what stands there must reach nothing.
+        hidden = (problem.key_log_weight == -math.inf)[..., None]
+        problem.key.masked_fill_(hidden, math.nan)
+        problem.value.masked_fill_(hidden, math.nan)
     weight = torch.randn(problem.query.shape, dtype=torch.float64).to(dtype)
     exact = gradients(problem, weight, torch.float64, "reference")
     unit = torch.finfo(dtype).eps
@@ -92,7 +108,7 @@ def measure(case: Case, dtype: torch.dtype) -> dict:
     again = gradients(problem, weight, dtype, "triton") if case.tokens == 63 else got
     live = exact[1] > -math.inf
     result = {
-        "case": str(case),
+        "case": f"{case}, launches {times} times smaller" if times else str(case),
         "dtype": str(dtype),
         "unit": unit,
         "lse": float(exact[1][live].abs().amax()) if bool(live.any()) else 0.0,
@@ -158,6 +174,9 @@ def compiled() -> dict:
         *([getattr(problem.blocks, name) for name in ops.LIST], [], 32, 0.25, torch.float32),
     )
     torch.library.opcheck(ops.attend_op, arguments)
+    lse = torch.zeros(problem.query.shape[:3])
+    plain = (problem.query, problem.key, pyramid.key_rows, pyramid.log_weight, lse, problem.blocks.query_rows)
+    torch.library.opcheck(ops.block_mass_op, (*plain, 32, 0.25))
     out, _ = run(tensors[0], tensors[1], tensors[2], problem.blocks)
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
     try:
@@ -177,19 +196,64 @@ def compiled() -> dict:
     return {"same": same, "lse has no gradient": not lse.requires_grad, "refused": refused, "checked": checked}
 
 
+def far(tensor: torch.Tensor, folder: str) -> torch.Tensor:
+    """The tensor, its tokens spread so far apart that their offsets pass 2³¹, in a file that is all holes."""
+    batch, heads, tokens, _ = tensor.shape
+    step = 1 + (1 << 31) // (tokens - 1)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        whole = torch.from_file(
+            file.name, shared=True, size=(batch * heads * tokens + 1) * step, dtype=tensor.dtype
+        ).as_strided(tensor.shape, (heads * tokens * step, tokens * step, step, 1))
+    whole.copy_(tensor)
+    return whole
+
+
+def reached_far() -> dict:
+    """The backend over tensors whose offsets pass 2³¹, within a head and between heads."""
+    case = Case(lists="masked", tokens=63, head_dim=16, tile=64, block=16, factors=(1, 4), batch=2, heads=2)
+    problem = build(case, torch.float16)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        near = [problem.query, problem.key, problem.value, torch.randn(problem.query.shape).half()]
+        for tensors in (near, [far(tensor, folder) for tensor in near]):
+            leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
+            # Pooled from the near tensors, which the gradient does not pass through.
+            pyramid = dataclasses.replace(
+                problem.pyramid(*(t.detach() for t in near[1:3])), key=leaves[1], value=leaves[2]
+            )
+            out, lse = attend(leaves[0], pyramid, problem.blocks, backend="triton")
+            mass = block_mass(leaves[0], pyramid, lse, problem.blocks.query_rows, backend="triton")
+            results.append([out, lse, mass, *torch.autograd.grad(out, leaves, tensors[3])])
+            last = sum((size - 1) * stride for size, stride in zip(tensors[0].shape, tensors[0].stride(), strict=True))
+    return {"same": [torch.equal(a, b) for a, b in zip(*results, strict=True)], "last offset": last}
+
+
+def fit_after(times: int) -> Any:
+    """`gpu_targets.fit`, but for a chip that so many launches have not fitted on."""
+
+    def smaller_fit(kernel: str, found: Launch, tile: int, block: int) -> Launch:
+        found = fit(kernel, found, tile, block)
+        for _ in range(times):
+            found = smaller(kernel, found, block) or found
+        return found
+
+    return smaller_fit
+
+
 if __name__ == "__main__":
     mend_the_interpreter()
     torch.set_num_threads(1)
-    if sys.argv[1] == "compile":
-        print(json.dumps(compiled()))
+    if sys.argv[1] in ("compile", "far"):
+        print(json.dumps(compiled() if sys.argv[1] == "compile" else reached_far()))
         sys.exit()
     part, parts = int(sys.argv[1]), int(sys.argv[2])
-    jobs = [(LARGE, "float32"), *pairwise_cases()]
-    for number, (case, dtype) in enumerate(jobs):
+    for number, (case, dtype, times) in enumerate(JOBS):
         if number % parts != part:
             continue
+        launch.fit = fit_after(times)
+        launch._fitted.clear()
         try:
-            found = measure(case, getattr(torch, dtype))
+            found = measure(case, getattr(torch, dtype), times)
         except Exception:
             found = {"case": str(case), "dtype": dtype, "failed": traceback.format_exc()}
         print(json.dumps({"number": number, **found}), flush=True)

@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 PARTS = 2
-COUNT = 1 + len(pairwise_cases())
+# One large case, the pairs, and one in each of four smaller launches: see JOBS of interpreted.py.
+COUNT = 1 + len(pairwise_cases()) + 4
 
 
 def run_interpreted(*arguments: str) -> list[subprocess.Popen]:
@@ -36,7 +37,9 @@ def measured():
     running = run_interpreted()
     said = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0] * PARTS
-    return {found["number"]: found for found in map(json.loads, "".join(said).splitlines())}
+    found = {found["number"]: found for found in map(json.loads, "".join(said).splitlines())}
+    assert sorted(found) == list(range(COUNT))
+    return found
 
 
 def test_any_two_settings_meet_in_a_case():
@@ -93,6 +96,15 @@ def test_torch_compile_takes_it_whole():
     assert process.returncode == 0
     found = json.loads(said.splitlines()[-1])
     assert found == {"same": [True, True], "lse has no gradient": True, "refused": True, "checked": True}
+
+
+def test_offsets_may_pass_two_to_the_31():
+    (process,) = run_interpreted("far")
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    found = json.loads(said.splitlines()[-1])
+    assert found["same"] == [True] * 6
+    assert found["last offset"] > 4 << 31
 
 
 def test_refusals_are_one_sentence():
