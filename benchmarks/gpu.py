@@ -27,6 +27,8 @@ from ziggurat.kernels.binaries import table
 from ziggurat.kernels.case_pairs import pairwise_cases
 from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.gpu_devices import DEVICES
+from ziggurat.kernels.listops import all_blocks
+from ziggurat.kernels.mass import block_mass
 from ziggurat.kernels.pyramid import build_pyramid
 from ziggurat.pipelines.record import surroundings
 
@@ -39,7 +41,7 @@ RUNS = 11
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Relative errors of output and gradients on the device, against the float64 reference on the CPU."""
+    """Relative errors of output, block masses and gradients on the device, against the float64 reference on the CPU."""
     problem = build(case, dtype)
     results = []
     for place, kind, backend in ((torch.device("cpu"), torch.float64, "reference"), (device, dtype, "triton")):
@@ -54,8 +56,12 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any
             if problem.key_log_weight is None
             else problem.key_log_weight.to(place),
         )
-        out, _ = attend(tensors[0], pyramid, problem.blocks.to(place), backend=backend)
-        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        blocks = problem.blocks.to(place)
+        out, _ = attend(tensors[0], pyramid, blocks, backend=backend)
+        with torch.no_grad():
+            _, lse = attend(tensors[0], pyramid, all_blocks(blocks.query_rows, case.block), backend=backend)
+            mass = block_mass(tensors[0], pyramid, lse, blocks.query_rows, backend=backend)
+        results.append([out, mass, *torch.autograd.grad(out.square().sum(), tensors)])
     errors = [
         float((got.detach().cpu() - exact.detach()).norm() / (exact.detach().norm() + 1e-3))
         for exact, got in zip(*results, strict=True)

@@ -1,4 +1,8 @@
-"""What the targets' chips have, from their makers' data sheets and programming guides: limits and rates."""
+"""What the targets' chips have, from their makers' data sheets and programming guides: limits and rates.
+
+Shared memory and warps of NVIDIA's are those of CCCL's `cuda::arch_traits`, exp2's per clock those of the CUDA C++
+Programming Guide's table of arithmetic throughput; each chip's `source` is for the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,10 @@ class Device:
         (each block takes `shared_reserved` more). registers: 32-bit ones of a processor. warps: that it holds at most.
     tensor_columns: of tensor memory (0 = none). processors: on the chip. clock: Hz, at which `flops` is given.
     flops: bfloat16 with float32 sums, dense. bandwidth: bytes/s of memory.
-    exps, lanes: exp2 and float32 instructions a processor issues per clock. l2: bytes per clock and processor from L2.
-    dense: share of `flops` that the target's dense FlashAttention reaches. dense_source: where that is from.
+    exps, lanes: exp2 and float32 instructions a processor issues per clock. l2: bytes per clock and processor from L2;
+        64 is the width of a processor's port, and more than all of them get at once.
+    source: the document that has these. dense: share of `flops` that the target's dense FlashAttention reaches.
+    dense_source: where that is from.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Device:
     exps: int
     lanes: int
     l2: int
+    source: str
     dense: float
     dense_source: str
 
@@ -47,7 +54,8 @@ DEVICES = {
         **{"shared_block": 163 * KIB, "shared": 164 * KIB, "shared_reserved": KIB},
         **{"registers": 65536, "warps": 64, "tensor_columns": 0},
         **{"processors": 108, "clock": 1.41e9, "flops": 312e12, "bandwidth": 2.039e12},
-        **{"exps": 16, "lanes": 64, "l2": 64},
+        **{"exps": 16, "lanes": 64, "l2": 47},
+        source="NVIDIA A100 Tensor Core GPU Architecture (whitepaper); A100 80GB data sheet for memory",
         dense=0.73,
         dense_source="FlashAttention-2, arXiv 2307.08691",
     ),
@@ -57,15 +65,17 @@ DEVICES = {
         **{"registers": 65536, "warps": 48, "tensor_columns": 0},
         **{"processors": 128, "clock": 2.52e9, "flops": 165.2e12, "bandwidth": 1.008e12},
         **{"exps": 16, "lanes": 128, "l2": 64},
-        dense=0.9,
-        dense_source="assumed: products take four times as long as beside the same softmax on A100",
+        source="NVIDIA Ada GPU Architecture (whitepaper)",
+        dense=0.89,
+        dense_source="assumed: as on RTX 5090, whose products stand to its other rates alike",
     ),
     "cuda:90": Device(
         name="H100 SXM",
         **{"shared_block": 227 * KIB, "shared": 228 * KIB, "shared_reserved": KIB},
         **{"registers": 65536, "warps": 64, "tensor_columns": 0},
         **{"processors": 132, "clock": 1.83e9, "flops": 989.4e12, "bandwidth": 3.352e12},
-        **{"exps": 16, "lanes": 128, "l2": 64},
+        **{"exps": 16, "lanes": 128, "l2": 39},
+        source="NVIDIA H100 Tensor Core GPU Architecture (whitepaper); L2: PMC10448217, table 3",
         dense=0.7,
         dense_source="FlashAttention-3 beside the stripe kernel of arXiv 2609.37001",
     ),
@@ -75,17 +85,19 @@ DEVICES = {
         **{"registers": 65536, "warps": 64, "tensor_columns": 512},
         **{"processors": 148, "clock": 1.85e9, "flops": 2250e12, "bandwidth": 8.0e12},
         **{"exps": 16, "lanes": 128, "l2": 64},
-        dense=0.7,
-        dense_source="assumed: as on H100",
+        source="NVIDIA Blackwell Architecture Technical Brief; processors and clock from reports",
+        dense=0.71,
+        dense_source="FlashAttention-4 (Together AI, Colfax Research, 2026)",
     ),
     "cuda:120": Device(
         name="RTX 5090",
         **{"shared_block": 99 * KIB, "shared": 100 * KIB, "shared_reserved": KIB},
         **{"registers": 65536, "warps": 48, "tensor_columns": 0},
-        **{"processors": 170, "clock": 2.41e9, "flops": 209.5e12, "bandwidth": 1.792e12},
+        **{"processors": 170, "clock": 2.407e9, "flops": 209.5e12, "bandwidth": 1.792e12},
         **{"exps": 16, "lanes": 128, "l2": 64},
-        dense=0.9,
-        dense_source="assumed: as on RTX 4090",
+        source="NVIDIA RTX Blackwell GPU Architecture (whitepaper)",
+        dense=0.89,
+        dense_source="FlashAttention-2 through SDPA, gau-nernst, Speed-of-Light Flash Attention for 5090; cuDNN 97%",
     ),
     "hip:gfx942": Device(
         name="MI300X",
@@ -93,6 +105,7 @@ DEVICES = {
         **{"registers": 4 * 512 * 64, "warps": 32, "tensor_columns": 0},
         **{"processors": 304, "clock": 2.1e9, "flops": 1307.4e12, "bandwidth": 5.3e12},
         **{"exps": 16, "lanes": 64, "l2": 64},
+        source="AMD Instinct MI300X data sheet; ROCm, AMD GPU specifications; exp2: a quarter of the lanes, assumed",
         dense=0.5,
         dense_source="assumed",
     ),
