@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -21,11 +22,17 @@ _debug = False
 def _set_debug(value: bool) -> bool:
     global _debug
     _debug = _debug or value
+    if value:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("ziggurat").setLevel(logging.DEBUG)
     return value
 
 
 Debug = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")
+    bool,
+    typer.Option(
+        "--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error, and what is logged."
+    ),
 ]
 
 
@@ -128,6 +135,6 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
