@@ -11,7 +11,7 @@ from .console import Debug
 
 COLUMNS = (
     *("kernel", "target", "tile", "block", "group", "head_dim", "warps", "stages", "registers", "stack", "shared"),
-    *("occupancy", "wgmma", "tcgen05", "mma_sync", "mfma", "async_copies"),
+    *("occupancy", "wgmma", "tcgen05", "mma_sync", "mfma", "async_copies", "wide_loads"),
 )
 
 

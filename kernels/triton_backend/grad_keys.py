@@ -43,10 +43,8 @@ def _step(
     # Either way round, the side that MMAs want wide is the wide one.
     if UPRIGHT:
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2 + weight[:, None]
-        shares = tl.exp2(logits - powers[None, :])
     else:
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2 + weight[None, :]
-        shares = tl.exp2(logits - powers[:, None])
     if MASKED and LIST_TILE % TILE != 0:
         slot = tl.load(slots + place // LIST_TILE, mask=inside, other=-1).to(tl.int64)
         if UPRIGHT:
@@ -61,12 +59,14 @@ def _step(
                 tl.load(words, mask=(slot >= 0)[:, None] & (within_block >= 0)[None, :], other=-1)
                 >> (within_block % 32)[None, :]
             )
-        shares = tl.where((bits & 1) != 0, shares, 0.0)
+        logits = tl.where((bits & 1) != 0, logits, float("-inf"))
     if UPRIGHT:
+        shares = tl.exp2(logits - powers[None, :])
         grad_value = tl.dot(shares.to(COMPUTE), grad, grad_value, input_precision=PRECISION)
         change = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
         grad_key = tl.dot((shares * change).to(COMPUTE), query, grad_key, input_precision=PRECISION)
     else:
+        shares = tl.exp2(logits - powers[:, None])
         grad_value = tl.dot(tl.trans(grad), shares.to(COMPUTE), grad_value, input_precision=PRECISION)
         change = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
         grad_key = tl.dot(tl.trans(query), (shares * change).to(COMPUTE), grad_key, input_precision=PRECISION)
