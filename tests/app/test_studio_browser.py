@@ -43,9 +43,8 @@ def page(context, served) -> Iterator[Any]:
 
 def visit(page: Any, address: str) -> None:
     page.goto(address)
-    page.wait_for_selector("#generate")
-    # The page is filled by its first event.
-    page.wait_for_function("document.querySelector('#estimate').innerText.trim() != ''")
+    # The page is filled by its first event, which would overwrite what a quicker hand than a person's had typed.
+    page.wait_for_selector("#ready [data-ready]", state="attached")
 
 
 def fill(page: Any, label: str, value: object) -> None:

@@ -16,6 +16,7 @@ from .plan_tab import PlanTab
 from .search_tab import SearchTab
 
 POLL_SECONDS = 1.0
+READY = "<i data-ready></i>"
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -28,6 +29,8 @@ def build(studio: Studio) -> gr.Blocks:
             padding=False,
             js_on_load=None,
         )
+        # Says that the page's first event has filled it: what is typed before that may be overwritten.
+        ready = gr.HTML("", elem_id="ready", apply_default_css=False, padding=False, js_on_load=None)
         signs = gr.State({})
         with gr.Tabs(selected="generate") as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -66,10 +69,10 @@ def build(studio: Studio) -> gr.Blocks:
             search, offered = searches.latest()
             found = [*generate.look(name), history.look(None), *searches.look(search, None)]
             estimate = generate.first_estimate(latest)
-            return [name, search, offered, estimate, *fields, *found, dict(enumerate(found))]
+            return [READY, name, search, offered, estimate, *fields, *found, dict(enumerate(found))]
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-        places = [generate.shown, searches.shown, searches.offered]
+        places = [ready, generate.shown, searches.shown, searches.offered]
         page.load(first, None, [*places, generate.estimate, *generate.fields, *watched, signs], **quiet)
         page.load(
             lambda: plans.look(next(iter(studio.shelf.models)), "auto", None),
