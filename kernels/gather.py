@@ -1,7 +1,8 @@
 """The torch backend: gathers the blocks of a few query tiles and attends to them in cache.
 
-Tiles that read all of level 0, and in bfloat16 on chips with AMX every tile, go to PyTorch's fused kernel. Elsewhere
-batched products around an exponential are faster.
+On CPUs with AVX-512 and a C++ compiler all of it is done by kernels of our own, but for bfloat16 where the chip has
+AMX. Otherwise tiles that read all of level 0, and in bfloat16 with AMX every tile, go to PyTorch's fused kernel, and
+elsewhere to batched products around an exponential.
 
 Passes over the scores are what costs at small head_dim, so that in bfloat16 there is one: exp2, in place. The scale
 sits in the first product; log-weights are folded into the values, and into columns that give the softmax's sum with
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native, native_build
 from .blocklist import BlockList
 from .chunks import Budget, ChunkPlan, plan_chunks
 from .fused import flash, gathered_tiles, has_amx, has_bfloat16
-from .gather_grad import backward_group
+from .gather_grad import add_to_results, backward_group
 from .pyramid import KVPyramid
 from .tables import Group, Rows, groups, lay_rows, of_group, power_bound, with_sum_columns
 from .walk import Walk
@@ -51,6 +53,14 @@ def products_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16()) else dtype
 
 
+def in_cpp(query: Tensor, dtype: torch.dtype) -> bool:
+    """Do products in `dtype` go to the C++ kernels? Not in graphs that are compiled around `attend`."""
+    if torch.compiler.is_compiling():
+        return False
+    fits = query.shape[3] <= native.MOST_HEAD_DIM and query.dtype != torch.float64
+    return fits and native_build.lacking(dtype, query.device) is None
+
+
 class _Attend(torch.autograd.Function):
     """Keeps inputs, output and lse, nothing of the scores; the backward recomputes them chunk by chunk."""
 
@@ -70,6 +80,9 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         pyramid, blocks, scale, compute_dtype = ctx.rest
         results = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        if in_cpp(tensors[0], compute_dtype):
+            _backward_in_cpp(tuple(tensors), ctx.rest, (out, grads[0], lse), results)
+            return _wanted(results, ctx.needs_input_grad)
         for group, rows, plan in _by_group(tuple(tensors), pyramid, blocks, compute_dtype, False, backward=True):
             packed = [plan.pack(of_group(tensor, group), compute_dtype) for tensor in (tensors[0], out, grads[0])]
             powers = plan.pack(of_group(lse, group)[..., None], lse.dtype) / math.log(2)
@@ -78,8 +91,31 @@ class _Attend(torch.autograd.Function):
             folded = compute_dtype.itemsize < 4 and extent <= SAFE_POWER
             walk = Walk(packed[0], rows, plan, pyramid, scale, folded)
             backward_group(walk, packed[1], packed[2], powers, [of_group(result, group) for result in results], group)
-        wanted = [result if need else None for result, need in zip(results, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None, None)
+        return _wanted(results, ctx.needs_input_grad)
+
+
+def _wanted(results: list[Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return (*(result if need else None for result, need in zip(results, needed, strict=False)), None, None, None, None)
+
+
+def _backward_in_cpp(
+    tensors: tuple[Tensor, ...],
+    rest: tuple[KVPyramid, BlockList, float, torch.dtype],
+    forward: tuple[Tensor, Tensor, Tensor],
+    results: list[Tensor],
+) -> None:
+    """Write the gradients of query, key, value, pooled key and pooled value, [B, H, …], which hold zeros.
+
+    rest: pyramid, list, scale and compute dtype. forward: output, its gradient, lse.
+    """
+    pyramid, _, _, dtype = rest
+    query = results[0]
+    wide = query if query.dtype in (dtype, torch.float32) else torch.zeros_like(query, dtype=dtype)
+    for group, keys, values in native.backward(tensors, *rest, forward, wide):
+        unread = of_group(pyramid.log_weight, group).expand(len(group[0]), len(group[1]), -1).flatten(0, 1) == -math.inf
+        add_to_results(keys, values, unread, pyramid, [of_group(result, group) for result in results[1:]], group)
+    if wide is not query:
+        query.copy_(wide)
 
 
 def _by_group(
@@ -115,6 +151,11 @@ def _forward(
     with torch.no_grad():
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = out.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        if in_cpp(query, compute_dtype):
+            # float16 and bfloat16 that are computed in float32 are written in it, and rounded once.
+            wide = out if query.dtype in (compute_dtype, torch.float32) else torch.empty_like(out, dtype=compute_dtype)
+            native.attend(tensors, pyramid, blocks, scale, compute_dtype, wide, lse)
+            return (out if wide is out else wide.to(query.dtype)), lse
         for group, rows, plan in _by_group(tensors, pyramid, blocks, compute_dtype, fused):
             packed = plan.pack(of_group(query, group), compute_dtype)
             result, sums = _forward_group(packed, rows, plan, pyramid, scale, fused)

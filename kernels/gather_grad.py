@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .chunks import Gathered
+from .pyramid import KVPyramid
 from .tables import Group, Rows, add_to_tokens, row_weight
 from .walk import Walk
 
@@ -62,12 +63,19 @@ def backward_group(
     weight = row_weight(rows, walk.folded)
     if weight is not None:
         value_sum *= weight
-    level = walk.pyramid.offsets[1]
-    for tokens, pooled, table in ((results[1], results[3], key_sum), (results[2], results[4], value_sum)):
-        if rows.live is not None:
-            table.masked_fill_(~rows.live, 0)
-        by_head = table.view(len(group[0]), len(group[1]), count, head_dim)
-        add_to_tokens(by_head[:, :, :level], walk.pyramid.key_rows, group[1], tokens)
+    unread = None if rows.live is None else ~rows.live[..., 0]
+    add_to_results(key_sum, value_sum, unread, walk.pyramid, results[1:], group)
+
+
+def add_to_results(
+    key_sum: Tensor, value_sum: Tensor, unread: Tensor | None, pyramid: KVPyramid, results: list[Tensor], group: Group
+) -> None:
+    """Add gradients of pyramid rows [G, R, D], but for the `unread` [G, R], to those of key, value and the pooled."""
+    level = pyramid.offsets[1]
+    for tokens, pooled, table in ((results[0], results[2], key_sum), (results[1], results[3], value_sum)):
+        by_head = table if unread is None else table.masked_fill(unread[..., None], 0)
+        by_head = by_head.unflatten(0, (len(group[0]), len(group[1])))
+        add_to_tokens(by_head[:, :, :level], pyramid.key_rows, group[1], tokens)
         pooled += by_head[:, :, level:]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import native_build
 from .attend import attend
 from .backends import NAMES, choose, has_triton
 from .cases import Case, build
@@ -27,7 +28,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     else:
         name, bf16 = torch.backends.cpu.get_cpu_capability(), has_bfloat16()
     backend, why = choose(device)
+    if device.type == "cpu":
+        why += "".join(f"; {_cpp(dtype, device)}" for dtype in (torch.float32, torch.bfloat16))
     return {"device": str(device), "name": name, "bf16": bf16, "auto": backend, "why": why}
+
+
+def _cpp(dtype: torch.dtype, device: torch.device) -> str:
+    name, lacking = str(dtype).removeprefix("torch."), native_build.lacking(dtype, device)
+    return f"{name} by C++ kernels" if lacking is None else f"{name} by PyTorch's kernels, since {lacking}"
 
 
 def backends() -> dict[str, str]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from ziggurat.kernels import gather
+from ziggurat.kernels import gather, native_build
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.backends import choose
 from ziggurat.kernels.blocklist import BlockList, identity_rows
@@ -34,6 +34,14 @@ CASES = [
     Case(lists="random", block=128, tile=64, tokens=1000, keys=15),
     *(Case(lists="masked", tokens=301, head_dim=head_dim, heads=2, batch=1) for head_dim in (96, 128, 256)),
     *(Case(lists="random", tokens=n, block=64, tile=128, batch=1, heads=1, head_dim=32) for n in (4352, 4429)),
+]
+
+# Blocks and heads that do not fill units of 16, tiles of more than 128 queries, masks in the middle of a word.
+NATIVE_CASES = [
+    *CASES,
+    *(Case(lists="masked", tokens=301, block=block, tile=tile) for block, tile in ((24, 7), (8, 300), (40, 129))),
+    *(Case(lists="all", tokens=130, head_dim=head_dim, spread=40.0) for head_dim in (8, 40)),
+    *(Case(lists="masked", tokens=130, head_dim=head_dim) for head_dim in (8, 40)),
 ]
 
 
@@ -81,7 +89,8 @@ def furthest(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_in_bfloat16_are_as_exact_as_it(case, monkeypatch):
-    """What chips without AMX run; elsewhere the next test takes the fused kernel."""
+    """What chips without AMX and compiler run; with AMX the next test takes the fused kernel."""
+    monkeypatch.setattr(native_build, "lacking", lambda dtype, device: "left out")
     monkeypatch.setattr(gather, "has_amx", lambda: False)
     monkeypatch.setattr(gather, "has_bfloat16", lambda: True)
     held_to_oracle(case, torch.bfloat16)
@@ -90,8 +99,18 @@ def test_products_in_bfloat16_are_as_exact_as_it(case, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_is_as_exact_as_its_precision(case, dtype, monkeypatch):
+    monkeypatch.setattr(native_build, "lacking", lambda dtype, device: "left out")
     monkeypatch.setattr(gather, "has_amx", lambda: True)
     monkeypatch.setattr(gather, "has_bfloat16", lambda: True)
+    held_to_oracle(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+def test_the_cpp_kernel_is_as_exact_as_its_precision(case, dtype, monkeypatch):
+    monkeypatch.setattr(native_build, "has_amx", lambda: False)
+    if lacking := native_build.lacking(dtype, torch.device("cpu")):
+        pytest.skip(lacking)
     held_to_oracle(case, dtype)
 
 

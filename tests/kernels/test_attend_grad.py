@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ziggurat.kernels import fused, gather
+from ziggurat.kernels import fused, gather, native_build
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.blocklist import identity_rows
 from ziggurat.kernels.cases import Case, build
@@ -52,12 +52,17 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_are_as_exact_as_the_precision(case, dtype):
+@pytest.mark.parametrize("cpp", [True, False], ids=["cpp", "products"])
+def test_gradients_are_as_exact_as_the_precision(case, dtype, cpp, monkeypatch):
     """Held to the reference in float64; what inputs nudged by one rounding change sets the scale.
 
     Five of them: logits, lse, their difference, the weights' products and the sums are each rounded; and lse, kept
     in its own dtype, is off by a rounding of its size, which every weight inherits.
     """
+    if not cpp:
+        monkeypatch.setattr(native_build, "lacking", lambda dtype, device: "left out")
+    elif lacking := native_build.lacking(dtype, torch.device("cpu")):
+        pytest.skip(lacking)
     problem = build(case, dtype)
     weight = torch.randn(problem.query.shape, dtype=torch.float64).to(dtype)
 

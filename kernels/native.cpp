@@ -1,0 +1,281 @@
+// Attention over a block list on a CPU with AVX-512, as one pass: no scores in memory, no gathered copies of K and V.
+#include "native.h"
+
+namespace {
+
+// Lay out one unit of a head's K, V and weights. Returns the longest key's square.
+template <class Kind>
+float lay_unit(const Call& call, int64_t entry, int64_t head, int64_t unit) {
+    using Element = typename Kind::Element;
+    const int64_t D = call.padded_dim, index = (entry * call.heads + head) * call.blocks * call.block_units + unit;
+    alignas(64) Element keys[LANES * MOST_DIM], values[LANES * MOST_DIM];
+    read_unit<Kind>(call, entry, head, unit, keys, values, call.unit_weight + index * LANES);
+    float longest = 0;
+    for (int64_t lane = 0; lane < LANES; ++lane) longest = larger(longest, squared<Kind>(keys + lane * D, D));
+    lay_along<Kind>(keys, D, static_cast<Element*>(call.key_units) + index * D * LANES);
+    lay_across<Kind>(values, D, static_cast<Element*>(call.value_units) + index * D * LANES);
+    return longest;
+}
+
+template <class Kind>
+struct Worker {
+    using Element = typename Kind::Element;
+    const Call& call;
+    const int64_t D = call.padded_dim, size = D * LANES, stride = UNITS * LANES;
+    // Scratch: queries [ROWS, D], scores and their exponentials [ROWS, stride], outputs [ROWS, D], sums [ROWS, LANES].
+    float* out;
+    float* sums;
+    float* logits;
+    float* most;
+    Element* query;
+    Element* power;
+    Element* patched;
+    // The units at hand.
+    int64_t units = 0;
+    const Element* keys[UNITS];
+    const Element* values[UNITS];
+    const float* weights[UNITS];
+    __mmask16 masks[UNITS];
+    // The tile at hand.
+    int64_t rows = 0;
+    bool shifted = false;
+
+    Worker(const Call& c, char* scratch) : call(c) {
+        out = reinterpret_cast<float*>(scratch);
+        sums = out + ROWS * D;
+        logits = sums + ROWS * LANES;
+        most = logits + ROWS * stride;
+        query = reinterpret_cast<Element*>(most + ROWS);
+        power = query + ROWS * D;
+        patched = power + ROWS * stride;
+    }
+
+    // Scratch of one worker, a multiple of a cache line.
+    static int64_t bytes(int64_t D) {
+        const int64_t stride = UNITS * LANES;
+        return sizeof(float) * ROWS * (D + LANES + stride + 1) + sizeof(Element) * (ROWS * (D + stride) + UNITS * LANES * D);
+    }
+
+    void run(int64_t entry, int64_t head, int64_t tile, int64_t first) {
+        const int32_t* map = call.query_rows + head * call.query_rows_stride + tile * call.tile + first;
+        const int64_t held = std::min(ROWS, call.tile - first);
+        const int64_t list = entry * call.list_stride[0] + head * call.list_stride[1] + tile, whole = entry * call.heads + head;
+        rows = (held + GROUP - 1) / GROUP * GROUP;
+        std::memset(query, 0, rows * D * sizeof(Element));
+        std::memset(out, 0, rows * D * sizeof(float));
+        std::memset(sums, 0, rows * LANES * sizeof(float));
+        std::fill(most, most + rows, NOTHING);
+        float longest = 0;
+        for (int64_t row = 0; row < held; ++row) {
+            if (map[row] < 0) continue;
+            const auto* from = static_cast<const Element*>(call.query) + entry * call.query_stride[0] + head * call.query_stride[1] + map[row] * call.query_stride[2];
+            std::memcpy(query + row * D, from, call.head_dim * sizeof(Element));
+            longest = larger(longest, squared<Kind>(query + row * D, D));
+        }
+        // By Cauchy-Schwarz; without an overflow to fear, no maximum is needed. NaN takes the careful way.
+        const float bound = std::fabs(call.scale) * static_cast<float>(M_LOG2E) * std::sqrt(longest) * std::sqrt(call.longest[2 * whole]) + call.longest[2 * whole + 1];
+        shifted = !(bound <= SAFE_POWER);
+
+        units = 0;
+        const int32_t* pool = call.pool + call.start[list];
+        const int32_t* bits = call.row_masks + call.mask_start[list] * ((call.block + 31) / 32);
+        const bool every = call.count[list] < 0;
+        const int64_t count = every ? call.level_blocks : call.count[list], masked = call.masked_count[list];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t block = whole * call.blocks + (every ? i : pool[i]);
+            for (int64_t u = 0; u < call.block_units; ++u) {
+                add(block * call.block_units + u, i < masked ? bits + i * ((call.block + 31) / 32) : nullptr, u * LANES);
+                if (units == UNITS) flush();
+            }
+        }
+        flush();
+        for (int64_t row = 0; row < held; ++row)
+            if (map[row] >= 0) finish(row, whole * call.tokens + map[row]);
+    }
+
+    void add(int64_t unit, const int32_t* bits, int64_t first) {
+        keys[units] = static_cast<const Element*>(call.key_units) + unit * size;
+        values[units] = static_cast<const Element*>(call.value_units) + unit * size;
+        weights[units] = call.unit_weight + unit * LANES;
+        masks[units] = shown(bits, first);
+        if (masks[units] != 0xffff) {
+            // What a row mask hides may hold NaN, which even a weight of 0 would spread.
+            Element* copy = patched + units * size;
+            for (int64_t d = 0; d < D; d += LANES)
+                for (int64_t lane = 0; lane < LANES; ++lane)
+                    for (int64_t column = 0; column < LANES; ++column) {
+                        const int64_t at = d * LANES + lane / Kind::step * LANES * Kind::step + column * Kind::step + lane % Kind::step;
+                        copy[at] = masks[units] >> lane & 1 ? values[units][at] : Element(0);
+                    }
+            values[units] = copy;
+        }
+        ++units;
+    }
+
+    void flush() {
+        if (!units) return;
+        if (shifted) {
+            scores<true>();
+            shift();
+        } else {
+            scores<false>();
+        }
+        int64_t d = 0;
+        for (; d + 2 * LANES <= D; d += 2 * LANES)
+            for (int64_t row = 0; row < rows; row += GROUP) weigh<2>(row, d);
+        for (; d < D; d += LANES)
+            for (int64_t row = 0; row < rows; row += GROUP) weigh<1>(row, d);
+        units = 0;
+    }
+
+    template <bool Shifted>
+    void scores() {
+        int64_t unit = 0;
+        for (; unit + 2 <= units; unit += 2)
+            for (int64_t row = 0; row < rows; row += GROUP) {
+                fetch(unit, row);
+                score<Shifted, 2>(row, unit);
+            }
+        for (; unit < units; ++unit)
+            for (int64_t row = 0; row < rows; row += GROUP) score<Shifted, 1>(row, unit);
+    }
+
+    // A part, as large as 8 rows are of the tile, of the keys that are multiplied next and of the values soon after.
+    void fetch(int64_t unit, int64_t row) {
+        const int64_t bytes = 2 * size * sizeof(Element), first = bytes * row / rows / 64 * 64, last = bytes * (row + GROUP) / rows;
+        for (int64_t at = first; at < last; at += 64) {
+            const int64_t half = at / (bytes / 2), inside = at % (bytes / 2);
+            if (unit + 2 + half < units) _mm_prefetch(reinterpret_cast<const char*>(keys[unit + 2 + half]) + inside, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values[unit + half]) + inside, _MM_HINT_T1);
+        }
+    }
+
+    template <bool Shifted, int U>
+    void score(int64_t row, int64_t unit) {
+        __m512 sum[GROUP][U];
+        const Element* columns[U];
+        for (int u = 0; u < U; ++u) columns[u] = keys[unit + u];
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = _mm512_setzero_ps();
+        multiply<Kind, U>(sum, query + row * D, D, columns, D / Kind::step);
+        const __m512 factor = _mm512_set1_ps(call.scale * static_cast<float>(M_LOG2E)), nothing = _mm512_set1_ps(NOTHING);
+#pragma GCC unroll 8
+        for (int r = 0; r < GROUP; ++r) {
+            __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 2
+            for (int u = 0; u < U; ++u) {
+                __m512 x = _mm512_fmadd_ps(sum[r][u], factor, _mm512_loadu_ps(weights[unit + u]));
+                x = _mm512_mask_mov_ps(nothing, masks[unit + u], x);
+                const int64_t at = (row + r) * stride + (unit + u) * LANES;
+                if (Shifted) {
+                    _mm512_store_ps(logits + at, x);
+                } else {
+                    x = exp2<Kind>(x);
+                    total = _mm512_add_ps(total, x);
+                    Kind::store(power + at, x);
+                }
+            }
+            if (!Shifted) _mm512_store_ps(sums + (row + r) * LANES, _mm512_add_ps(total, _mm512_load_ps(sums + (row + r) * LANES)));
+        }
+    }
+
+    // Exponentials of the logits less the row's maximum so far; what was summed under a smaller one is scaled down.
+    void shift() {
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* from = logits + row * stride;
+            __m512 highest = _mm512_set1_ps(most[row]);
+            for (int64_t unit = 0; unit < units; ++unit) highest = _mm512_max_ps(highest, _mm512_load_ps(from + unit * LANES));
+            const float now = std::max(_mm512_reduce_max_ps(highest), -3e38f);
+            if (now > most[row]) {
+                const __m512 factor = _mm512_set1_ps(std::exp2(most[row] - now));
+                for (int64_t d = 0; d < D; d += LANES)
+                    _mm512_store_ps(out + row * D + d, _mm512_mul_ps(factor, _mm512_load_ps(out + row * D + d)));
+                _mm512_store_ps(sums + row * LANES, _mm512_mul_ps(factor, _mm512_load_ps(sums + row * LANES)));
+                most[row] = now;
+            }
+            __m512 total = _mm512_load_ps(sums + row * LANES);
+            for (int64_t unit = 0; unit < units; ++unit) {
+                const __m512 x = exp2<Kind>(_mm512_sub_ps(_mm512_load_ps(from + unit * LANES), _mm512_set1_ps(now)));
+                total = _mm512_add_ps(total, x);
+                Kind::store(power + row * stride + unit * LANES, x);
+            }
+            _mm512_store_ps(sums + row * LANES, total);
+        }
+    }
+
+    // Add 8 rows' weighted values of 16 U columns to the outputs.
+    template <int U>
+    void weigh(int64_t row, int64_t d) {
+        __m512 sum[GROUP][U];
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = _mm512_load_ps(out + (row + i / U) * D + d + i % U * LANES);
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const Element* columns[U];
+            for (int u = 0; u < U; ++u) columns[u] = values[unit] + (d + u * LANES) * LANES;
+            multiply<Kind, U>(sum, power + row * stride + unit * LANES, stride, columns, LANES / Kind::step);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP * U; ++i) _mm512_store_ps(out + (row + i / U) * D + d + i % U * LANES, sum[i / U][i % U]);
+    }
+
+    void finish(int64_t row, int64_t token) {
+        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(sums + row * LANES));
+        const float over = sum == 0 ? 0 : 1 / sum;
+        call.lse[token] = sum == 0 ? NOTHING : static_cast<float>(M_LN2) * (std::log2(sum) + (shifted ? most[row] : 0));
+        for (int64_t d = 0; d < call.head_dim; d += LANES)
+            write<Kind>(call, token, d, _mm512_mul_ps(_mm512_set1_ps(over), _mm512_load_ps(out + row * D + d)));
+    }
+};
+
+template <class Kind>
+void attend(const Call& call) {
+    const int64_t scratch_bytes = Worker<Kind>::bytes(call.padded_dim);
+    const int64_t whole = call.batch * call.heads, units = call.blocks * call.block_units;
+    const int64_t parts = (call.tile + ROWS - 1) / ROWS, tasks = whole * call.tiles * parts;
+#pragma omp parallel num_threads(call.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < whole; ++i) call.longest[2 * i] = call.longest[2 * i + 1] = 0;
+        for (int64_t i = 0; i < whole; ++i) {
+            float longest = 0, heaviest = 0;
+#pragma omp for schedule(static) nowait
+            for (int64_t unit = 0; unit < units; ++unit) {
+                longest = larger(longest, lay_unit<Kind>(call, i / call.heads, i % call.heads, unit));
+                for (int64_t lane = 0; lane < LANES; ++lane) {
+                    const float weight = call.unit_weight[(i * units + unit) * LANES + lane];
+                    if (weight > NOTHING) heaviest = larger(heaviest, std::fabs(weight));
+                }
+            }
+#pragma omp critical
+            {
+                call.longest[2 * i] = larger(call.longest[2 * i], longest);
+                call.longest[2 * i + 1] = larger(call.longest[2 * i + 1], heaviest);
+            }
+        }
+#pragma omp barrier
+        Worker<Kind> worker(call, call.scratch + omp_get_thread_num() * scratch_bytes);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t tile = task / parts % call.tiles, index = task / parts / call.tiles;
+            worker.run(index / call.heads, index % call.heads, tile, task % parts * ROWS);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t scratch_bytes(int64_t narrow, int64_t padded_dim) {
+#ifdef __AVX512BF16__
+    if (narrow) return Worker<Brain>::bytes(padded_dim);
+#endif
+    return Worker<Single>::bytes(padded_dim);
+}
+
+void attend_float32(const Call* call) { attend<Single>(*call); }
+
+#ifdef __AVX512BF16__
+void attend_bfloat16(const Call* call) { attend<Brain>(*call); }
+#endif
+}
