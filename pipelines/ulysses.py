@@ -31,7 +31,7 @@ def share_of(parallel: Any) -> Share | None:
 
     Raises ValueError for ring attention and for uneven splits, on which no plan can run.
     """
-    context = getattr(parallel, "context_parallel_config", None)
+    context = None if parallel is None else parallel.context_parallel_config
     if context is None:
         return None
     if context.ring_degree > 1:
