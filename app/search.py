@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,7 @@ Model = Annotated[str, typer.Option(help="shapes, a folder or a Hub id.")]
 Out = Annotated[Path, typer.Option(help="The folder for plan, figures, pictures and report.")]
 Budget = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Share of our own dense attention's time: least error.", show_default="0.3"),
+    typer.Option(min=0, max=1, help="Share of our own dense attention's time: least error.", show_default="0.5"),
 ]
 MaxError = Annotated[float | None, typer.Option(min=0, help="Bound on the weighted sum of errors: least time.")]
 TargetPsnr = Annotated[float | None, typer.Option(help="dB against dense on held-out prompts: the cheapest plan.")]
@@ -35,6 +37,12 @@ HeldOut = Annotated[Path | None, typer.Option(help="A file of prompts to prove o
 Candidates = Annotated[Path | None, typer.Option(help="A TOML file of what to try.", show_default="the defaults")]
 Write = Annotated[Path | None, typer.Option(help="Write the default candidates to this file, to be edited; no search.")]
 Noise = Annotated[int, typer.Option(min=1, help="Denoising steps that are measured.")]
+Rows = Annotated[int, typer.Option(min=0, help="Queries of a call that are measured, about; 0 = all of them.")]
+DenseUntil = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Steps of more noise than this run dense; 1 = none.", show_default="0.96"),
+]
+Across = Annotated[int, typer.Option(min=0, help="Plans spread over the front to prove beside the chosen one.")]
 Quantile = Annotated[float, typer.Option(help="Of the errors over prompts, steps and branches; 1 = the worst.")]
 Proofs = Annotated[int, typer.Option(min=0, help="Held-out prompts to prove the plan on.")]
 Steps = Annotated[int | None, typer.Option(min=1, show_default=OWN)]
@@ -58,8 +66,11 @@ def search(
     write_candidates: Write = None,
     expert: Annotated[str | None, typer.Option(help="Of two transformers, the one.", show_default="the first")] = None,
     noise_steps: Noise = 3,
+    rows: Rows = 1024,
+    dense_until: DenseUntil = None,
     quantile: Quantile = 1.0,
     proofs: Proofs = 2,
+    across: Across = 0,
     steps: Steps = None,
     frames: Size = None,
     height: Size = None,
@@ -88,9 +99,12 @@ def search(
     from ..search import run as searching
     from ..search.prompts import read_prompts
 
+    schedule = searching.SCHEDULE
+    if dense_until is not None:
+        schedule = schedule.model_copy(update={"dense_until": dense_until})
     begun = time.monotonic()
     pipe: Any = load(model, dtype=dtype)
-    with progress_bars(STAGES) as report:
+    with kept_in(out), progress_bars(STAGES) as report:
         result = searching.search(
             pipe,
             out,
@@ -103,8 +117,11 @@ def search(
             candidates=candidates,
             expert=expert,
             noise_steps=noise_steps,
+            rows=rows or None,
+            schedule=schedule,
             quantile=quantile,
             proofs=proofs,
+            across=across,
             steps=steps,
             frames=frames,
             height=height,
@@ -126,6 +143,16 @@ def search(
         print(json.dumps(said))
     if not result.met:
         raise ValueError(f"no plan of this search keeps the bound: {out / 'plan.json'} is the nearest that was found")
+
+
+@contextmanager
+def kept_in(out: Path) -> Iterator[None]:
+    """Of a search that is ended, say what is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        note(f"what was measured so far is kept in {out}: the same command with --resume goes on from there")
+        raise
 
 
 def figures(result: Any, seconds: float) -> dict[str, Any]:

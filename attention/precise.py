@@ -15,10 +15,10 @@ from ..kernels.pyramid import KVPyramid
 from .budget import adaptive, by_segment
 from .means import block_means
 from .rows import Layout
-from .select import DynamicSelector, Selector, Share, level0_list
+from .select import RatedSelector, Selector, Share, level0_list
 
 
-class Precise(DynamicSelector):
+class Precise(RatedSelector):
     """The blocks of most softmax mass, summed exactly over the tile's queries (AdaSpa, arXiv 2502.21079).
 
     A run's first list comes from a dense step, whose lse later refreshes take again. With no refresh this is
@@ -47,18 +47,23 @@ class Precise(DynamicSelector):
     def candidates(cls) -> tuple[Selector, ...]:
         return tuple(cls(density=share, by=by) for share in (0.05, 0.1, 0.2, 0.3) for by in ("mass", "error"))
 
-    def choose(
-        self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None
-    ) -> BlockList:
+    @property
+    def basis(self) -> tuple[str, str]:
+        return self.name, self.by
+
+    def rate(self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None) -> Tensor:
         if lse is None:
             raise ValueError("lse must be given to the precise selector, got None: run `attend` over all blocks first")
         scores = block_mass(query, pyramid, lse, layout.query_rows, scale=scale)
         if self.by == "error":
             scores = (scores - pooled_mass(query, layout, pyramid, lse, scale)).clamp(min=0)
+        return scores
+
+    def pick(self, ratings: Tensor, layout: Layout) -> BlockList:
         density: float | Tensor = self.density
         if self.heads == "adaptive" and self.mass is None:
-            density = adaptive(scores, by_segment(scores, layout, density=self.density), self.density)
-        reads = by_segment(scores, layout, density=density, reference=self.reference, mass=self.mass)
+            density = adaptive(ratings, by_segment(ratings, layout, density=self.density), self.density)
+        reads = by_segment(ratings, layout, density=density, reference=self.reference, mass=self.mass)
         return level0_list(reads, layout)
 
 

@@ -61,14 +61,19 @@ class Layout:
         names = ("query_rows", "key_rows", "tile_segment", "block_segment", "local")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def of_tiles(self, tiles: Tensor) -> Layout:
+        """The layout of some of the query tiles, int64 [n] in rising order, over all keys."""
+        return replace(self, query_rows=self.query_rows[:, tiles], tile_segment=self.tile_segment[tiles])
+
     def parts(self) -> list[tuple[Segment, slice, slice]]:
         """Each segment with its range of tiles and its range of blocks."""
         found = []
         for index, segment in enumerate(self.grid.segments):
             ranges = []
             for owner in (self.tile_segment, self.block_segment):
-                held = (owner == index).nonzero()[:, 0]
-                ranges.append(slice(int(held[0]), int(held[-1]) + 1))
+                held = (owner == index).nonzero()[:, 0].tolist()
+                # A layout of some of the tiles may hold none of a segment's.
+                ranges.append(slice(held[0], held[-1] + 1) if held else slice(0, 0))
             found.append((segment, ranges[0], ranges[1]))
         return found
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.pyramid import build_pyramid
+from .dense import Dense
 from .grid import TokenGrid
 from .lists import ListCache
-from .plan import HeadGroup, Plan
+from .plan import HeadGroup, HeadPlan, Plan
 from .reuse import MAX_CACHE_BYTES, GroupCall, Reuse
 from .schedule import Schedule
+
+EVERYTHING = -1
+"""Stands for the group of all heads that read everything, where static lists are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class PlanRun:
         self.lists = ListCache()
         self.reuse = Reuse(self.lists, max_cache_bytes)
         numbers: dict[HeadGroup, int] = {}
+        everything = HeadPlan(heads=tuple(range(plan.heads)), selector=Dense())
+        self._everything = HeadGroup(entries=(everything,))
         self._numbers = [[numbers.setdefault(group, len(numbers)) for group in layer.groups] for layer in plan.layers]
         self._dense_layers = self._scheduled_dense(None)
         self.begin()
@@ -159,13 +165,15 @@ class PlanRun:
 
         schedule = self.schedule(layer)
         outputs, sparse, density = [], 0.0, 0.0
-        groups = self.plan.layers[layer].groups
+        groups, numbers = self.plan.layers[layer].groups, self._numbers[layer]
+        if exact := schedule.is_dense(noise_level, step):
+            groups, numbers = (self._everything,), [EVERYTHING]
         for index, group in enumerate(groups):
             queries, keys, values = (_pick_heads(tensor, group.heads) for tensor in (query, key, value))
             log_weight = key_log_weight
             if log_weight is not None and log_weight.shape[1] > 1:
                 log_weight = _pick_heads(log_weight, group.heads)
-            prepared = self.lists.prepare(self._numbers[layer][index], group, grid, query.device)
+            prepared = self.lists.prepare(numbers[index], group, grid, query.device)
             pyramid = build_pyramid(
                 keys, values, prepared.key_rows, block=group.block, factors=prepared.factors, key_log_weight=log_weight
             )
@@ -191,6 +199,9 @@ class PlanRun:
         if self.check_finite:
             _check_finite(layer, step, output=out)
         rows = _rows(query)
+        if exact:
+            self.ran_dense(layer, rows, "the schedule says dense, by our kernel")
+            return out
         tally = self._count(layer, rows)
         tally.sparse_rows += sparse * rows
         tally.touched += density * rows
@@ -202,7 +213,8 @@ class PlanRun:
             return reason
         if self._dense_layers[layer]:
             return "the schedule keeps this layer dense"
-        return "the schedule says dense" if self.schedule(layer).is_dense(noise_level, step) else None
+        own = self.schedule(layer)
+        return "the schedule says dense" if own.dense_by is None and own.is_dense(noise_level, step) else None
 
     def ran_dense(self, layer: int, rows: float, reason: str) -> None:
         """Count a call of `rows` (batch x heads x queries x keys) that the host runs dense."""

@@ -30,6 +30,8 @@ class Schedule(BaseModel):
     dense_first_steps: run at least this many steps dense, whatever their level.
     dense_first_layers, dense_last_layers, dense_layers: layers that never run sparse: so many at either end, and those
         whose path matches a pattern such as "blocks.0.*".
+    dense_by: who runs dense steps: None = the host's chosen attention, "own" = this package's kernel over all blocks,
+        which is the faster one on some devices. Dense layers are always the host's.
     share_branches: guidance branches read the list of whichever of them comes first, instead of each its own.
     """
 
@@ -43,6 +45,7 @@ class Schedule(BaseModel):
     dense_last_layers: Annotated[int, Field(ge=0)] = 0
     dense_layers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
     share_branches: bool = False
+    dense_by: Literal["own"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:

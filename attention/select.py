@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
@@ -80,6 +81,28 @@ class DynamicSelector(Selector):
     ) -> BlockList:
         """The list, from queries [B, H, N, D] and a pyramid over `layout` that holds the selector's `factors`."""
         raise NotImplementedError
+
+
+class RatedSelector(DynamicSelector):
+    """A dynamic selector that rates every block for every tile, and then picks by a budget."""
+
+    @property
+    def basis(self) -> Hashable:
+        """What the ratings depend on beside the tensors: of equal ones, one rating serves every budget."""
+        raise NotImplementedError
+
+    def rate(self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None) -> Tensor:
+        """How much each tile wants each level-0 block: [B, H, T, K]. The arguments are those of `choose`."""
+        raise NotImplementedError
+
+    def pick(self, ratings: Tensor, layout: Layout) -> BlockList:
+        """The list that the budget allows."""
+        raise NotImplementedError
+
+    def choose(
+        self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None
+    ) -> BlockList:
+        return self.pick(self.rate(query, layout, pyramid, scale=scale, lse=lse), layout)
 
 
 def level0_list(reads: Tensor, layout: Layout) -> BlockList:

@@ -12,10 +12,10 @@ from ..kernels.pyramid import KVPyramid
 from .budget import by_segment
 from .means import block_means, block_spread, tile_means
 from .rows import Layout
-from .select import DynamicSelector, Selector, Share, level0_list
+from .select import RatedSelector, Selector, Share, level0_list
 
 
-class TopK(DynamicSelector):
+class TopK(RatedSelector):
     """The blocks whose mean key scores highest with the tile's mean query, equally many for every tile.
 
     density: share of each visual segment's blocks. reference: the same for reference tokens; text is read whole.
@@ -32,16 +32,21 @@ class TopK(DynamicSelector):
     def candidates(cls) -> tuple[Selector, ...]:
         return tuple(cls(density=share, by=by) for share in (0.05, 0.1, 0.2, 0.3) for by in ("score", "error"))
 
-    def choose(
-        self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None
-    ) -> BlockList:
+    @property
+    def basis(self) -> tuple[str, str]:
+        return self.name, self.by
+
+    def rate(self, query: Tensor, layout: Layout, pyramid: KVPyramid, *, scale: float, lse: Tensor | None) -> Tensor:
         scores = pooled_scores(query, layout, pyramid, scale)
         if self.by == "error":
             variance = scale**2 * tile_means(query, layout, squared=True) @ block_spread(pyramid).mT
             # log(mass · (exp(variance / 2) - 1)), which has a finite form for any variance but 0.
             half = variance / 2
             scores = scores + half + torch.log1p(-torch.exp(-half))
-        return level0_list(by_segment(scores, layout, density=self.density, reference=self.reference), layout)
+        return scores
+
+    def pick(self, ratings: Tensor, layout: Layout) -> BlockList:
+        return level0_list(by_segment(ratings, layout, density=self.density, reference=self.reference), layout)
 
 
 def pooled_scores(query: Tensor, layout: Layout, pyramid: KVPyramid, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from ..attention.plan import Plan
 from ..attention.schedule import Schedule
 from ..pipelines.clock import RunClock
 from ..pipelines.models import row_of
-from ..pipelines.plans import ModelShape
+from ..pipelines.plans import ModelShape, transformers_of
 from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
@@ -29,8 +29,9 @@ JOURNAL = "scores.jsonl"
 @dataclass(frozen=True, kw_only=True)
 class Captured:
     """grid: of the visual segment. noise_levels: of all steps; measured: the steps that were scored. calls: of one
-    layer in a run, of which dense_calls at steps that the schedule keeps dense. forwards: some of the transformer's,
-    to perturb. text_length: text tokens in the sequence of self-attention, None where there are none.
+    layer in a run, of which dense_calls at steps that the schedule keeps dense; branches: calls at a step. refreshes:
+    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb. text_length: text
+    tokens in the sequence of self-attention, None where there are none.
     """
 
     grid: tuple[int, int, int]
@@ -40,6 +41,8 @@ class Captured:
     measured: tuple[int, ...]
     calls: int
     dense_calls: int
+    branches: int
+    refreshes: int
     scores: list[Score]
     forwards: list[Forward]
     text_length: int | None
@@ -56,6 +59,7 @@ def capture_scores(
     candidates: Sequence[Candidate],
     settings: dict[str, Any],
     noise_steps: int,
+    rows: int | None,
     schedule: Schedule,
     seed: int,
     resume: bool,
@@ -64,7 +68,8 @@ def capture_scores(
 ) -> Captured:
     """Run the prompts dense, and score every candidate on some of the calls.
 
-    Scores go to a journal in the folder as they come: with `resume`, those that are there are not made again.
+    Scores go to a journal in the folder as they come: with `resume`, those that are there are not made again, nor is
+    the run of a prompt, beside the first, whose scores are all there.
     Raises ValueError for a sequence that is not one video, and where nothing was called.
     """
     journal_path = folder / JOURNAL
@@ -76,6 +81,7 @@ def capture_scores(
         "candidates": [candidate.model_dump(mode="json") for candidate in candidates],
         "settings": json.loads(json.dumps(settings)),
         "noise_steps": noise_steps,
+        "rows": rows,
         "schedule": schedule.model_dump(mode="json"),
         "seed": seed,
         "dtype": str(next(transformer.parameters()).dtype),
@@ -96,6 +102,8 @@ def capture_scores(
         journal,
         schedule=schedule,
         count=noise_steps,
+        rows=rows,
+        takes_part=takes_part(pipe, transformer),
         report=told,
         cancelled=cancelled,
     )
@@ -107,14 +115,16 @@ def capture_scores(
     try:
         with kept_forwards(transformer, lambda: run.wanted, lambda: clock.step) as forwards:
             for number, prompt in enumerate(prompts):
+                own = sum(score.prompt == number for score in journal.scores.values())
+                if number and own == len(run.wanted) * len(run.branches) * shape.layers:
+                    continue
                 run.prompt = number
                 asked = Request(prompt=prompt, seed=seed + number, **settings)
                 request, _ = complete(pipe, asked, given, compare=False)
                 guidance = request.guidance
                 generator = torch.Generator("cpu").manual_seed(seed + number)
                 pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
-                branches = len({score.branch for score in journal.scores.values()})
-                total = len(prompts) * max(len(run.wanted), 1) * max(branches, 1) * shape.layers
+                total = len(prompts) * max(len(run.wanted), 1) * max(len(run.branches), 1) * shape.layers
                 if number == 0:
                     # One prompt's forwards tell enough, and more would only be held.
                     kept = list(forwards)
@@ -129,8 +139,11 @@ def capture_scores(
         raise ValueError("nothing was captured: no self-attention call of this pipeline could be reached")
     if len(grid.visual) != 1:
         raise ValueError(f"a search takes sequences of one video or image, this one has {len(grid.visual)}")
-    per_step = status.calls / len(levels)
-    dense = sum(schedule.is_dense(level, step) for step, level in enumerate(levels))
+    own = [(step, level) for step, level in enumerate(levels) if run.takes_part(level)]
+    per_step = round(status.calls / len(own))
+    dense = sum(schedule.is_dense(level, step) for step, level in own)
+    actions = schedule.steps(levels)
+    refreshes = {schedule.epoch(level) for step, level in own if actions[step] != "dense"}
     texts = sum(segment.tokens for segment in grid.segments if segment.kind == "text")
     return Captured(
         grid=grid.visual[0].grid,
@@ -139,9 +152,21 @@ def capture_scores(
         noise_levels=tuple(levels),
         measured=tuple(run.wanted),
         calls=status.calls,
-        dense_calls=round(per_step * dense),
+        dense_calls=per_step * dense,
+        branches=per_step,
+        refreshes=len(refreshes),
         scores=scores,
         forwards=kept,
         text_length=texts or None,
         guidance=guidance,
     )
+
+
+def takes_part(pipe: Any, transformer: nn.Module) -> Callable[[float], bool]:
+    """Whether a transformer runs at a noise level: of two experts the first does above a boundary, the other below."""
+    experts = transformers_of(pipe)
+    boundary = getattr(pipe.config, "boundary_ratio", None)
+    if boundary is None or len(experts) == 1:
+        return lambda level: True
+    first = next(iter(experts.values())) is transformer
+    return lambda level: (level >= boundary) == first

@@ -43,10 +43,16 @@ def compose(found: Findings, point: int) -> Plan:
     chosen = found.front[point]
     dense = found.dense_seconds * found.calls * found.shape.layers
     stock = found.stock_seconds * found.calls * found.shape.layers
+    lists = [
+        found.densities[layer][head][number]
+        for layer, picks in enumerate(chosen.picks)
+        for head, number in enumerate(picks or ())
+    ]
     predicted = {
         "attention_seconds": chosen.seconds,
         "error": chosen.error,
         "density": chosen.density,
+        "list_density": sum(lists) / len(lists) if lists else 1.0,
         "share_of_own_dense": chosen.seconds / dense,
         "share_of_stock": chosen.seconds / stock,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,37 +19,59 @@ from ..attention.plan import HeadGroup, HeadPlan, LayerPlan, Plan
 from ..attention.run import PlanRun
 from ..attention.select import DynamicSelector
 from ..attention.window import Window
-from ..kernels.attend import attend
-from ..kernels.listops import all_blocks
+from .candidates import ORDER
 from .capture import Sample
-from .entry import entries_of
-from .findings import Candidate, CostRow
+from .entry import Call, entries_of
+from .findings import Candidate, CostRow, Record
 
-RUNS = 5
+RUNS, FEW = 5, 2
 SHARES = ("25%", "45%", "65%", "85%")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The fitted model: a call of a head group takes launch + heads · tokens · (fixed + pooled + pair · tokens ·
-    density) seconds, `fixed`, `pooled` (of a pooled rest) and `pair` by (tile, block). select: seconds of building a
-    candidate's list for one head, 0 where it is static. dense: of one layer by our kernel reading everything, stock:
-    by SDPA.
+class LayoutCost(Record):
+    """Seconds a token of one head in a call: fixed, more with a pyramid (`pooled`), and for each row read (`pair`)."""
+
+    tile: int
+    block: int
+    fixed: float
+    pooled: float
+    pair: float
+
+    def seconds(self, tokens: int, pooled: bool, density: Any) -> Any:
+        return tokens * (self.fixed + self.pooled * pooled + self.pair * tokens * density)
+
+
+class Cost(Record):
+    """What this device takes. A call of a head group is launch + the sum over its heads.
+
+    layouts: the fitted model. own, own_density: each candidate's seconds a head in a call as measured, and the list
+    density it had there, which the model carries over to others; select: seconds to build a candidate's list for one
+    head, 0 where it is static. dense: of one layer by our kernel reading everything, stock: by SDPA. rows: what the
+    model was fitted to.
     """
 
     launch: float
-    by_layout: dict[tuple[int, int], tuple[float, float, float]]
+    layouts: list[LayoutCost]
+    own: list[float]
+    own_density: list[float]
     select: list[float]
     dense: float
     stock: float
     rows: list[CostRow]
 
-    def seconds(self, candidate: Candidate, density: float, tokens: int, heads: int) -> float:
-        """Of one head in one call, the list being there."""
+    def seconds(self, number: int, candidate: Candidate, density: np.ndarray, heads: int, tokens: int) -> np.ndarray:
+        """Of one head in one call for candidate `number` at list densities of any shape, the list being there."""
         if isinstance(candidate.selector, Dense):
-            return self.dense / heads
-        fixed, pooled, pair = self.by_layout[candidate.tile, candidate.block]
-        return tokens * (fixed + pooled * candidate.entry.pooled + pair * tokens * density)
+            return np.full_like(density, self.dense / heads)
+        layout = next(one for one in self.layouts if (one.tile, one.block) == (candidate.tile, candidate.block))
+        pooled = has_levels(candidate)
+        there = layout.seconds(tokens, pooled, self.own_density[number])
+        return self.own[number] * layout.seconds(tokens, pooled, density) / max(there, 1e-30)
+
+
+def has_levels(candidate: Candidate) -> bool:
+    """Whether a candidate reads more than level 0, so that every call builds a pyramid."""
+    return candidate.group.factors != (1,)
 
 
 def measure(
@@ -60,9 +81,10 @@ def measure(
     heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Cost:
-    """Time and fit. On an accelerator, or where something else runs, times mean what they say only if it is quiet."""
+    """Time and fit. Where something else runs too, times mean nothing: the machine has to be quiet."""
     layouts = list(dict.fromkeys((candidate.tile, candidate.block) for candidate in candidates))
     few = max(1, grid[0] // 2)
     grids = list(dict.fromkeys((grid, (few, *grid[1:]))))
@@ -74,15 +96,16 @@ def measure(
         for share in SHARES
         for pooled in (False, True)
     ]
+    total = len(jobs) + 2 * len(candidates)
     features, taken, rows = [], [], []
     for number, (tile, block, sizes, count, share, pooled) in enumerate(jobs):
-        tensors = _tensors(sizes, count, head_dim, dtype)
+        tensors = _tensors(sizes, count, head_dim, dtype, device)
         entry = HeadPlan(
             heads=tuple(range(count)),
             selector=Window(frames=share, height=share, width=share),
             rest="pooled" if pooled else "drop",
         )
-        group = HeadGroup(order="hilbert", tile=tile, block=block, entries=(entry,))  # type: ignore[arg-type]
+        group = HeadGroup(order=ORDER, tile=tile, block=block, entries=(entry,))
         seconds, density = _layer(group, tensors, sizes)
         tokens = tensors[0].shape[2]
         place = layouts.index((tile, block))
@@ -92,22 +115,33 @@ def measure(
         features.append(row)
         taken.append(seconds)
         rows.append((block, tokens, count, pooled, density))
-        report(number + 1, len(jobs))
+        report(number + 1, total)
     weights = _fit(np.array(features), np.array(taken))
     fitted = np.array(features) @ weights
-    tensors = _tensors(grid, heads, head_dim, dtype)
+    tensors = _tensors(grid, heads, head_dim, dtype, device)
+    own = []
+    for number, candidate in enumerate(candidates):
+        own.append((0.0, 1.0) if isinstance(candidate.selector, Dense) else _alone(candidate, tensors, grid))
+        report(len(jobs) + number + 1, total)
     everything = HeadGroup(
         tile=layouts[0][0], block=layouts[0][1], entries=(HeadPlan(heads=tuple(range(heads)), selector=Dense()),)
     )
+    launch = float(weights[0])
+    select = _selections(candidates, grid, tensors)
+    report(total, total)
     return Cost(
-        launch=float(weights[0]),
-        by_layout={
-            layout: (float(weights[1 + 3 * i]), float(weights[2 + 3 * i]), float(weights[3 + 3 * i]))
-            for i, layout in enumerate(layouts)
-        },
-        select=_selections(candidates, grid, heads, head_dim, dtype),
+        launch=launch,
+        layouts=[
+            LayoutCost(
+                tile=tile, block=block, fixed=weights[1 + 3 * i], pooled=weights[2 + 3 * i], pair=weights[3 + 3 * i]
+            )
+            for i, (tile, block) in enumerate(layouts)
+        ],
+        own=[max(seconds - launch, seconds / 2) / heads for seconds, _ in own],
+        own_density=[density for _, density in own],
+        select=select,
         dense=_layer(everything, tensors, grid)[0],
-        stock=_median(lambda: scaled_dot_product_attention(tensors[0], tensors[1], tensors[2])),
+        stock=_median(lambda: scaled_dot_product_attention(*tensors), tensors[0].device),
         rows=[
             CostRow(
                 block=block,
@@ -134,54 +168,73 @@ def _fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return nnls(scaled / size, np.ones(len(seconds)))[0] / size
 
 
-def _tensors(sizes: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _tensors(
+    sizes: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = sizes[0] * sizes[1] * sizes[2]
     # Heads behind tokens in memory, as models make them.
-    return tuple(
-        torch.randn(1, tokens, heads, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)
+    query, key, value = (
+        torch.randn(1, tokens, heads, head_dim, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)
     )
+    return query, key, value
 
 
-def _layer(group: HeadGroup, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int]) -> tuple[float, float]:
-    """Median seconds of a layer of one group, run as a plan runs it, and its list density."""
+def _layer(
+    group: HeadGroup, tensors: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, int, int], runs: int = RUNS
+) -> tuple[float, float]:
+    """Median seconds of a layer of one group, run as a plan runs it with its list at hand, and its list density."""
     heads, head_dim = tensors[0].shape[1], tensors[0].shape[3]
     plan = Plan(model_class="timing", heads=heads, head_dim=head_dim, grid=sizes, layers=(LayerPlan(groups=(group,)),))
     run, grid = PlanRun(plan), TokenGrid.video(*sizes)
 
-    def call() -> Any:
-        return run.attend_layer(*tensors, layer=0, noise_level=0.5, step=0, grid=grid)
+    def call(step: int = 1) -> Any:
+        return run.attend_layer(*tensors, layer=0, noise_level=0.5, step=step, grid=grid)
 
-    return _median(call), run.list_density()
+    # Lists that start from a dense step are there after it.
+    with torch.no_grad():
+        call(0)
+    return _median(call, tensors[0].device, runs), run.list_density()
+
+
+def _alone(
+    candidate: Candidate, tensors: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, int, int]
+) -> tuple[float, float]:
+    """A layer whose heads all use one candidate; density is of its own list."""
+    entry = candidate.entry.model_copy(update={"heads": tuple(range(tensors[0].shape[1]))})
+    group = candidate.group.model_copy(update={"entries": (entry,)})
+    return _layer(group, tensors, sizes)
 
 
 def _selections(
-    candidates: Sequence[Candidate], grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype
+    candidates: Sequence[Candidate], grid: tuple[int, int, int], tensors: tuple[Tensor, Tensor, Tensor]
 ) -> list[float]:
-    """Seconds to build each candidate's list, for one head; those of dynamic ones that need it are given the lse."""
-    query, key, value = _tensors(grid, heads, head_dim, dtype)
-    tokens = TokenGrid.video(*grid)
-    sample = Sample(source="timing", query=query, key=key, value=value, grid=tokens)
-    lse: Tensor | None = None
+    """Seconds to build each candidate's list, for one head; those that need the lse of dense attention are given it."""
+    tokens, device = TokenGrid.video(*grid), tensors[0].device
+    query, key, value = tensors
+    call = Call(Sample(source="timing", query=query, key=key, value=value, grid=tokens))
     found = []
-    for entry in entries_of(candidates, tokens):
+    for entry in entries_of(candidates, tokens, device):
         if not isinstance(entry.candidate.selector, DynamicSelector):
             found.append(0.0)
             continue
-        pyramid = entry.pyramid(sample, None)
-        if lse is None:
-            lse = attend(query, pyramid, all_blocks(entry.layout.query_rows, entry.layout.block))[1]
-        select = partial(entry.select, sample, lse, None, None)
-        found.append(_median(select, 2) / heads)
+        call.pyramid(entry)
+        call.dense(entry)
+        found.append(_median(partial(call.select, entry, fresh=True), device, FEW) / query.shape[1])
     return found
 
 
-def _median(call: Callable[[], Any], runs: int = RUNS) -> float:
+def _median(call: Callable[[], Any], device: torch.device, runs: int = RUNS) -> float:
+    def settled() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     taken = []
     with torch.no_grad():
         call()
         for _ in range(runs):
-            begin = time.perf_counter()
+            begin = settled()
             call()
-            taken.append(time.perf_counter() - begin)
+            taken.append(settled() - begin)
     return statistics.median(taken)

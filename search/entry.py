@@ -1,9 +1,9 @@
-"""A candidate on one grid: its layout, its list if it is static, and how it makes one if it is not."""
+"""A candidate on one grid, and one attention call that candidates are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,111 +13,165 @@ from ..attention.levels import level0_reads
 from ..attention.lists import ListCache
 from ..attention.rest import pool_rest
 from ..attention.rows import Layout
-from ..attention.select import DynamicSelector
+from ..attention.select import DynamicSelector, RatedSelector
+from ..kernels.attend import attend
 from ..kernels.blocklist import BlockList
+from ..kernels.listops import all_blocks
 from ..kernels.mass import block_mass
 from ..kernels.pyramid import KVPyramid, build_pyramid
 from .capture import Sample
 from .findings import Candidate
 
 
-@dataclass(eq=False)
-class _Held:
-    """What candidates of one row map share while one call is scored."""
-
-    pyramids: dict[tuple[int, ...], KVPyramid] = field(default_factory=dict)
-    mass: Tensor | None = None
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """blocks: of a static selector, its rest included."""
+    """queries, rows: numbers of the entry's query tiles and of its whole row map, equal for entries that share them.
+    blocks: of a static selector, its rest included.
+    """
 
     candidate: Candidate
     layout: Layout
     factors: tuple[int, ...]
     blocks: BlockList | None
-    held: _Held
-
-    def pyramid(self, sample: Sample, key_log_weight: Tensor | None) -> KVPyramid:
-        """The call's keys and values, laid out and pooled."""
-        found = self.held.pyramids
-        if self.factors not in found:
-            found[self.factors] = build_pyramid(
-                sample.key,
-                sample.value,
-                self.layout.key_rows,
-                block=self.layout.block,
-                factors=self.factors,
-                key_log_weight=key_log_weight,
-            )
-        return found[self.factors]
-
-    def select(
-        self, sample: Sample, lse: Tensor, scale: float | None, key_log_weight: Tensor | None
-    ) -> tuple[BlockList, KVPyramid]:
-        """The list for a call, and the pyramid that it is over. lse: of dense attention, [B, H, N]."""
-        pyramid = self.pyramid(sample, key_log_weight)
-        if self.blocks is not None:
-            return self.blocks, pyramid
-        selector = self.candidate.selector
-        assert isinstance(selector, DynamicSelector)
-        blocks = selector.select(
-            sample.query,
-            sample.key,
-            self.layout,
-            pyramid,
-            scale=scale,
-            lse=lse if selector.needs_lse else None,
-        )
-        if self.candidate.entry.pooled:
-            blocks = pool_rest(blocks, self.layout, factors=self.factors)
-        return blocks, pyramid
-
-    def recall(
-        self, sample: Sample, blocks: BlockList, lse: Tensor, scale: float | None, key_log_weight: Tensor | None
-    ) -> list[float]:
-        """Each head's share of the dense softmax mass that the list reads at level 0."""
-        if self.held.mass is None:
-            pyramid = self.pyramid(sample, key_log_weight)
-            self.held.mass = block_mass(sample.query, pyramid, lse, self.layout.query_rows, scale=scale)
-        mass = self.held.mass
-        reads = level0_reads(blocks, self.layout.blocks).view(*blocks.start.shape, self.layout.blocks)
-        return ((mass * reads).sum((0, 2, 3)) / mass.sum((0, 2, 3)).clamp(min=1e-30)).tolist()
-
-    def forget(self) -> None:
-        """Free what belongs to one call."""
-        self.held.pyramids.clear()
-        self.held.mass = None
+    queries: int
+    rows: int
 
 
-def entries_of(candidates: Sequence[Candidate], grid: TokenGrid) -> list[Entry]:
-    """The candidates on a grid; those of equal row maps share pyramids and masses."""
+def entries_of(candidates: Sequence[Candidate], grid: TokenGrid, device: torch.device | str = "cpu") -> list[Entry]:
+    """The candidates on a grid and device."""
     cache = ListCache()
-    shared: list[tuple[Layout, _Held]] = []
+    tiles: list[Tensor] = []
+    maps: list[tuple[int, Tensor]] = []
     found = []
     for number, candidate in enumerate(candidates):
-        prepared = cache.prepare(number, candidate.group, grid, torch.device("cpu"))
+        prepared = cache.prepare(number, candidate.group, grid, torch.device(device))
         layout, blocks = prepared.layouts[0], prepared.lists[0]
-        held = next((held for other, held in shared if same_rows(layout, other)), None)
-        if held is None:
-            held = _Held()
-            shared.append((layout, held))
-        found.append(Entry(candidate, layout, prepared.factors, blocks, held))
+        queries = next((i for i, other in enumerate(tiles) if torch.equal(other, layout.query_rows)), len(tiles))
+        if queries == len(tiles):
+            tiles.append(layout.query_rows)
+        same = (
+            i for i, (block, other) in enumerate(maps) if block == layout.block and torch.equal(other, layout.key_rows)
+        )
+        rows = next(same, len(maps))
+        if rows == len(maps):
+            maps.append((layout.block, layout.key_rows))
+        found.append(Entry(candidate, layout, prepared.factors, blocks, queries, rows))
     return found
 
 
-def same_rows(one: Layout, other: Layout) -> bool:
-    """Whether two layouts put the same tokens into the same tiles and blocks."""
-    return (
-        (one.tile, one.block) == (other.tile, other.block)
-        and torch.equal(one.query_rows, other.query_rows)
-        and torch.equal(one.key_rows, other.key_rows)
-    )
+class Call:
+    """One attention call, as candidates see it: what several of them need is made once, when it is first needed.
+
+    every, turn: of each order's tiles of visual queries every so many-th is looked at, beginning with number
+    `turn % every`; all of them, and text and reference queries too, where `every` is 1.
+    """
+
+    def __init__(
+        self,
+        sample: Sample,
+        *,
+        scale: float | None = None,
+        key_log_weight: Tensor | None = None,
+        every: int = 1,
+        turn: int = 0,
+    ):
+        self.sample, self.scale, self.key_log_weight = sample, scale, key_log_weight
+        self.every, self.turn = every, turn
+        self._tiles: dict[int, Tensor] = {}
+        self._dense: dict[int, tuple[Tensor, Tensor]] = {}
+        self._masses: dict[tuple[int, int], Tensor] = {}
+        self._pyramids: dict[tuple[int, tuple[int, ...]], KVPyramid] = {}
+        self._ratings: dict[Hashable, Tensor] = {}
+
+    def tiles(self, entry: Entry) -> Tensor:
+        """int64 [n]: the query tiles that are looked at."""
+        if entry.queries not in self._tiles:
+            every = torch.arange(entry.layout.tiles, device=entry.layout.query_rows.device)
+            visual = every if self.every == 1 else every[~entry.layout.exact_tiles]
+            self._tiles[entry.queries] = visual[self.turn % self.every :: self.every]
+        return self._tiles[entry.queries]
+
+    def layout(self, entry: Entry) -> Layout:
+        """The entry's, of the tiles that are looked at."""
+        return entry.layout if self.every == 1 else entry.layout.of_tiles(self.tiles(entry))
+
+    def pyramid(self, entry: Entry) -> KVPyramid:
+        """The call's keys and values, laid out and pooled."""
+        key = entry.rows, entry.factors
+        if key not in self._pyramids:
+            self._pyramids[key] = build_pyramid(
+                self.sample.key,
+                self.sample.value,
+                entry.layout.key_rows,
+                block=entry.layout.block,
+                factors=entry.factors,
+                key_log_weight=self.key_log_weight,
+            )
+        return self._pyramids[key]
+
+    def dense(self, entry: Entry) -> tuple[Tensor, Tensor]:
+        """Dense attention of the queries looked at: output [B, H, N, D] and lse [B, H, N], 0 and -inf elsewhere."""
+        if entry.queries not in self._dense:
+            layout = self.layout(entry)
+            everything = all_blocks(layout.query_rows, layout.block)
+            self._dense[entry.queries] = attend(self.sample.query, self.pyramid(entry), everything, scale=self.scale)
+        return self._dense[entry.queries]
+
+    def select(self, entry: Entry, *, fresh: bool = False) -> BlockList:
+        """The entry's list for the queries looked at. fresh: rate blocks anew."""
+        if entry.blocks is not None:
+            return entry.blocks if self.every == 1 else tiles_of(entry.blocks, self.tiles(entry))
+        selector, layout, pyramid = entry.candidate.selector, self.layout(entry), self.pyramid(entry)
+        assert isinstance(selector, DynamicSelector)
+        lse = self.dense(entry)[1] if selector.needs_lse else None
+        if isinstance(selector, RatedSelector):
+            key = entry.rows, entry.queries, entry.factors, selector.basis
+            if fresh or key not in self._ratings:
+                scale = self.sample.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+                self._ratings[key] = selector.rate(self.sample.query, layout, pyramid, scale=scale, lse=lse)
+            blocks = selector.pick(self._ratings[key], layout)
+        else:
+            blocks = selector.select(self.sample.query, self.sample.key, layout, pyramid, scale=self.scale, lse=lse)
+        return pool_rest(blocks, layout, factors=entry.factors) if entry.candidate.entry.pooled else blocks
+
+    def mass(self, entry: Entry) -> Tensor:
+        """The dense softmax mass of each tile looked at on each of the entry's key blocks: [B, H, tiles, K]."""
+        key = entry.rows, entry.queries
+        if key not in self._masses:
+            rows, lse = self.layout(entry).query_rows, self.dense(entry)[1]
+            self._masses[key] = block_mass(self.sample.query, self.pyramid(entry), lse, rows, scale=self.scale)
+        return self._masses[key]
+
+    def recall(self, entry: Entry, blocks: BlockList) -> list[float]:
+        """Each head's share of the dense softmax mass that the list reads at level 0."""
+        mass = self.mass(entry)
+        return ((mass * self.reads(entry, blocks)).sum((0, 2, 3)) / mass.sum((0, 2, 3)).clamp(min=1e-30)).tolist()
+
+    def reads(self, entry: Entry, blocks: BlockList) -> Tensor:
+        """bool [B|1, H|1, tiles, K]: which level-0 blocks the list reads."""
+        return level0_reads(blocks, entry.layout.blocks).view(*blocks.start.shape, entry.layout.blocks)
+
+    def density(self, entry: Entry, blocks: BlockList) -> list[float]:
+        """Each head's rows touched ÷ level-0 rows, over all queries; tiles not looked at count as those that are."""
+        pyramid, heads = self.pyramid(entry), self.sample.query.shape[1]
+        if entry.blocks is not None:
+            return _density(entry.blocks, pyramid).expand(heads).tolist()
+        found = _density(blocks, pyramid).expand(heads)
+        if self.every > 1:
+            rows = (entry.layout.query_rows[0] >= 0).sum(-1)
+            exact = float(rows[entry.layout.exact_tiles].sum() / rows.sum())
+            found = found * (1 - exact) + exact
+        return found.tolist()
 
 
-def density_of(blocks: BlockList, pyramid: KVPyramid, heads: int) -> list[float]:
-    """Each head's rows touched ÷ level-0 rows, over the queries of all tiles."""
+def _density(blocks: BlockList, pyramid: KVPyramid) -> Tensor:
     queries = (blocks.query_rows >= 0).sum(-1, dtype=torch.float64)[None]
     touched = (blocks.rows_touched(pyramid).double() * queries).sum(2) / (queries.sum(-1) * pyramid.offsets[1])
-    return touched.mean(0).expand(heads).tolist()
+    return touched.mean(0)
+
+
+def tiles_of(blocks: BlockList, tiles: Tensor) -> BlockList:
+    """The list of some of the query tiles."""
+    names = ("start", "count", "masked_count", "mask_start")
+    parts = {name: getattr(blocks, name)[..., tiles] for name in names}
+    return replace(blocks, query_rows=blocks.query_rows[:, tiles], **parts)

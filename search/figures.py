@@ -23,6 +23,7 @@ def front(findings: Findings) -> Figure:
     """Predicted attention seconds against error: the front, which of it was chosen and proved, each candidate alone."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -40,7 +41,7 @@ def front(findings: Findings) -> Figure:
         )
     if findings.chosen is not None:
         chosen = points[findings.chosen]
-        ring: dict[str, Any] = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "markeredgewidth": 2}
+        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
         axes.plot([chosen.seconds], [chosen.error], linestyle="none", color=RED, label="chosen", **ring)
     handles = [
         *axes.get_legend_handles_labels()[0],
@@ -61,6 +62,8 @@ def front(findings: Findings) -> Figure:
     every = [error for error in (*errors, *(one[2] for one in alone)) if error > 0]
     if every:
         axes.set(yscale="log", ylim=(max(min(every), max(every) / 3000) / 1.5, max(every) * 1.5))
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_xlim(left=0)
     axes.grid(visible=True, alpha=0.2)
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside right upper")
@@ -71,7 +74,8 @@ def singles(findings: Findings) -> list[tuple[str, float, float]]:
     """Each candidate used in every layer and head alone: family, predicted attention seconds of a video, error."""
     sparse = findings.calls - findings.dense_calls
     layers, heads = findings.shape.layers, findings.shape.heads
-    constant = findings.dense_calls * findings.stock_seconds * layers + findings.launch_seconds * sparse * layers
+    dense = findings.dense_seconds if findings.schedule.dense_by == "own" else findings.stock_seconds
+    constant = findings.dense_calls * dense * layers + findings.launch_seconds * sparse * layers
     errors, weights = np.array(findings.errors), np.array(findings.weights)
     return [
         (

@@ -24,11 +24,11 @@ PerChoice = list[list[list[float]]]
 """[layer][head][candidate]."""
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Candidate(_Record):
+class Candidate(Record):
     """One way to compute a head: a selector with its parameters, and the layout that it works in."""
 
     selector: AnySelector
@@ -62,7 +62,7 @@ class Candidate(_Record):
         return f"{self.family} {given} {self.rest}, {self.order}, block {self.block}".replace("  ", " ")
 
 
-class CostRow(_Record):
+class CostRow(Record):
     """One measurement that the cost model was fitted to: seconds of a call, and what the model says of it."""
 
     block: int
@@ -75,7 +75,7 @@ class CostRow(_Record):
     fitted: float
 
 
-class Point(_Record):
+class Point(Record):
     """One plan on the front. picks: a candidate's number for each [layer][head]; a layer of None runs stock attention.
 
     seconds: predicted self-attention of one video. error: the sensitivity-weighted sum. density: predicted, over the
@@ -88,7 +88,7 @@ class Point(_Record):
     picks: list[list[int] | None]
 
 
-class Proof(_Record):
+class Proof(Record):
     """One plan held against dense on prompts that the search never saw; seconds are medians of whole pipeline calls."""
 
     point: int
@@ -103,18 +103,20 @@ class Proof(_Record):
     own_dense_attention_seconds: float
 
 
-class Findings(_Record):
+class Findings(Record):
     """Everything a search found; `plan` makes any point of the front into a plan.
 
     shape: of the model; expert: of its transformers the one searched, None if there is but one. text_length, guidance:
     see `Plan`. grid: frames, height, width in latent patches. prompts: calibrated on; held_out: proved on.
-    noise_levels: captured. sampled_rows: query rows measured at each call, of `tokens`.
+    noise_levels: captured, at measured_steps. sampled_rows: query rows measured at each call, of `tokens`.
     errors: ‖O - O*‖ / ‖O*‖ at the chosen quantile over prompts, steps and branches. recalls: mean share of the dense
     softmax mass that is read at level 0. densities: mean. weights: how much a head's relative error moves the final
     prediction (the layer's sensitivity times the head's share of the layer's output). sensitivities: of each layer.
     seconds: predicted, of one head in one call for each candidate. dense_seconds: of one call of one layer by our own
     kernel reading everything; stock_seconds: by SDPA. launch_seconds: of one more head group in a layer. calls: of
-    one layer in a run. dense_calls: of those, dense by the schedule.
+    one layer in a run. dense_calls: of those, dense by the schedule. branches: calls of one layer at a step. refreshes:
+    steps of a run that build dynamic lists. steady: the share of heads that keep their family under the chosen plan
+    whichever quarter of the prompts is left out.
     """
 
     shape: ModelShape
@@ -130,6 +132,7 @@ class Findings(_Record):
     prompts: list[str]
     held_out: list[str]
     noise_levels: list[float]
+    measured_steps: list[int] = [0]
     sampled_rows: int
     schedule: Schedule
     candidates: list[Candidate]
@@ -144,9 +147,12 @@ class Findings(_Record):
     launch_seconds: float
     calls: int
     dense_calls: int
+    branches: int = 1
+    refreshes: int = 1
     costs: list[CostRow] = []
     front: list[Point] = []
     chosen: int | None = None
+    steady: float | None = None
     proofs: list[Proof] = []
     machine: dict[str, str | int | float | None] = {}
 

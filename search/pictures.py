@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attention.levels import level0_reads
 from ..attention.plan import Plan
 from ..attention.run import PlanRun
-from ..kernels.attend import attend
-from ..kernels.listops import all_blocks
-from ..kernels.mass import block_mass
-from ..kernels.pyramid import build_pyramid
 from ..pipelines.clock import RunClock
 from ..pipelines.models import row_of
 from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
 from .capture import Sample
-from .entry import entries_of
+from .entry import Call, entries_of
 from .findings import Candidate, Findings
 from .report import write_report
 
 Maps = dict[str, tuple[Tensor, Tensor]]
 """Title: softmax mass [query tiles, key blocks] of a head, and bool of that shape, which of them its list reads."""
+
+
+class _Seen(Exception):
+    """All maps are there: the rest of the run would be for nothing."""
 
 
 class MapsRun(PlanRun):
@@ -58,18 +58,16 @@ class MapsRun(PlanRun):
                 )
                 with torch.no_grad():
                     self.maps[title] = map_of(sample, candidate)
+                if len(self.maps) == sum(map(len, self.wanted.values())):
+                    raise _Seen
         return super().attend_layer(query, key, value, **call)
 
 
 def map_of(sample: Sample, candidate: Candidate) -> tuple[Tensor, Tensor]:
     """One head's softmax mass [query tiles, key blocks] in the candidate's order, and which of it its list reads."""
     (entry,) = entries_of([candidate], sample.grid)
-    layout = entry.layout
-    pyramid = build_pyramid(sample.key, sample.value, layout.key_rows, block=layout.block)
-    _, lse = attend(sample.query, pyramid, all_blocks(layout.query_rows, layout.block))
-    mass = block_mass(sample.query, pyramid, lse, layout.query_rows)
-    blocks, _ = entry.select(sample, lse, None, None)
-    reads = level0_reads(blocks, layout.blocks).view(*blocks.start.shape, layout.blocks)
+    call = Call(sample)
+    mass, reads = call.mass(entry), call.reads(entry, call.select(entry))
     return mass[0, 0].float(), reads.expand_as(mass)[0, 0]
 
 
@@ -89,7 +87,8 @@ def look(
         asked = Request(prompt=found.prompts[0], seed=found.seed, **settings)
         request, _ = complete(pipe, asked, model_settings(pipe), compare=False)
         generator = torch.Generator("cpu").manual_seed(found.seed)
-        pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
+        with suppress(_Seen):
+            pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
     finally:
         hooks.remove()
         clock.release()
@@ -116,5 +115,6 @@ def draw_all(
             if candidate.family not in seen or layer == head == 0:
                 seen.add(candidate.family)
                 wanted.setdefault(layer, {})[head] = candidate
-    maps = look(pipe, transformer, found, settings, wanted, found.steps // 2) if wanted else {}
+    step = found.measured_steps[len(found.measured_steps) // 2]
+    maps = look(pipe, transformer, found, settings, wanted, step) if wanted else {}
     return write_report(folder, found, plan, maps, videos)

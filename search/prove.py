@@ -20,14 +20,14 @@ from .findings import Proof
 class Prover:
     """Runs prompts of fixed seeds, keeping what is the same for every plan.
 
-    settings: of each run, as `generate` takes them. timed: also run our own kernel reading everything, once a prompt.
+    settings: of each run, as `generate` takes them. expert: the transformer that plans are for, None = each of them.
     """
 
     pipe: Any
     prompts: Sequence[str]
     settings: dict[str, Any]
     seed: int = 0
-    timed: bool = True
+    expert: str | None = None
     report: Callable[[int, int], None] = lambda done, total: None
     _stock: dict[str, Generation] = field(default_factory=dict)
     _own: dict[str, Generation] = field(default_factory=dict)
@@ -35,17 +35,19 @@ class Prover:
     def prove(self, plan: Plan, point: int) -> tuple[Proof, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """The plan's figures, medians over the prompts; and each prompt's dense video and the plan's."""
         made: dict[str, Generation] = {}
-        own = all_block_plan(model_shape(next(iter(transformers_of(self.pipe).values()))))
+        transformers = transformers_of(self.pipe)
+        shape = model_shape(transformers[self.expert or next(iter(transformers))])
+        own = all_block_plan(shape).model_copy(update={"expert": self.expert})
         for number, prompt in enumerate(self.prompts):
             # One after another for each prompt, so that a slow moment of the machine falls on all three.
             if prompt not in self._stock:
                 self._stock[prompt] = self._run(prompt, number, None)
-            if prompt not in self._own and self.timed:
+            if prompt not in self._own:
                 self._own[prompt] = self._run(prompt, number, own)
             made[prompt] = self._run(prompt, number, plan)
             self.report(number + 1, len(self.prompts))
         stock = [self._stock[prompt] for prompt in self.prompts]
-        ours, sparse = [self._own[p] for p in self.prompts if p in self._own], list(made.values())
+        ours, sparse = [self._own[prompt] for prompt in self.prompts], list(made.values())
         proof = Proof(
             point=point,
             prompts=len(self.prompts),
@@ -54,11 +56,9 @@ class Prover:
             density=statistics.fmean(one.density for one in sparse),
             seconds=statistics.median(one.seconds for one in sparse),
             stock_seconds=statistics.median(one.seconds for one in stock),
-            own_dense_seconds=statistics.median(one.seconds for one in ours or stock),
+            own_dense_seconds=statistics.median(one.seconds for one in ours),
             attention_seconds=statistics.median(one.seconds * (one.attention_share or 0.0) for one in sparse),
-            own_dense_attention_seconds=statistics.median(
-                one.seconds * (one.attention_share or 0.0) for one in ours or stock
-            ),
+            own_dense_attention_seconds=statistics.median(one.seconds * (one.attention_share or 0.0) for one in ours),
         )
         return proof, {prompt: (self._stock[prompt].frames, generation.frames) for prompt, generation in made.items()}
 

@@ -18,16 +18,18 @@ from .candidates import default_candidates, load_candidates, with_dense
 from .captured import capture_scores
 from .cost import measure
 from .findings import PLAN, Candidate, Findings, Point, Proof
+from .measured import MEASURED, Measured
 from .pictures import draw_all
 from .prompts import default_prompts
 from .prove import Prover, cheapest
-from .scoring import Cancelled
+from .scoring import ROWS, Cancelled
 from .sensitivity import sensitivities
-from .settle import bounded, front, gathered, knapsack
+from .settle import bounded, front, gathered, knapsack, steadiness
 
 SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.9, 0.75, 0.5))
-BUDGET = 0.3
-SENSITIVITY_PASSES = 60
+BUDGET = 0.5
+SENSITIVITY_PASSES = 24
+MOST_PROMPTS = 16
 Report = Callable[[str, int, int], None]
 
 
@@ -71,6 +73,8 @@ def search(
     candidates: Sequence[Candidate] | str | Path | None = None,
     expert: str | None = None,
     noise_steps: int = 3,
+    rows: int | None = ROWS,
+    passes: int = SENSITIVITY_PASSES,
     steps: int | None = None,
     frames: int | None = None,
     height: int | None = None,
@@ -79,6 +83,7 @@ def search(
     schedule: Schedule = SCHEDULE,
     quantile: float = 1.0,
     proofs: int = 2,
+    across: int = 0,
     seed: int = 0,
     resume: bool = False,
     report: Report = lambda stage, done, total: None,
@@ -88,17 +93,21 @@ def search(
 
     Args:
         model: a pipeline, or what `load` takes.
-        budget: share of our own dense attention's time that the plan may take, 0.3 if nothing else is given: the
+        budget: share of our own dense attention's time that the plan may take, 0.5 if nothing else is given: the
             error is least. max_error: bound on the sensitivity-weighted sum of relative errors: the time is least.
             target_psnr (dB), target_ssim: against dense on held-out prompts, measured: the cheapest plan of the front
-            that reaches it.
+            that reaches it, found by bisection.
         prompts: to calibrate on; held_out: to prove on (the first `proofs` of them; 0 = no proof).
         candidates: what to try for each head, or a TOML file of it.
         expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
             one alone.
         noise_steps: how many denoising steps to measure at, spread over the sparse ones.
+        rows: queries of a call that errors are measured on, about; calls of a layer take turns, so that they see all of
+            the sequence between them. None = all queries of every call.
+        passes: forwards of the transformer that sensitivities may take; of models with more layers some are measured.
         steps, frames, height, width, guidance: of every run, the model's own by default.
-        schedule: of the plan.
+        schedule: of the plan. Its dense steps go to our own kernel where that is the faster one here.
+        across: how many plans spread over the front are proved beside the chosen one.
         quantile: of the errors over prompts, steps and branches that counts; 1 = the worst.
         resume: go on from what an interrupted search of the same settings left in `out`.
         report: called with stage, done, total. cancelled: asked often; true ends the search with `Cancelled`.
@@ -125,6 +134,8 @@ def search(
     shape = model_shape(transformer)
     told, unseen = default_prompts(model_settings(pipe).captions)
     prompts, held_out = list(prompts or told), list(held_out or unseen)
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"prompts to calibrate on must be 1 to {MOST_PROMPTS}, got {len(prompts)}: give fewer")
     settings = {"steps": steps, "frames": frames, "height": height, "width": width, "guidance": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
     chosen = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
@@ -139,23 +150,30 @@ def search(
         candidates=tried,
         settings=settings,
         noise_steps=noise_steps,
+        rows=rows,
         schedule=schedule,
         seed=seed,
         resume=resume,
         report=report,
         cancelled=cancelled,
     )
-    most = max(1, SENSITIVITY_PASSES // (shape.layers + 1))
-    forwards = captured.forwards[:most]
-    moved = sensitivities(pipe, transformer, forwards, lambda done, total: report("sensitivity", done, total))
-    cost = measure(
-        tried,
-        captured.grid,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        dtype=captured.dtype,
-        report=lambda done, total: report("cost", done, total),
+    measured = Measured.of(
+        folder / MEASURED,
+        resume=resume,
+        sensitivities=lambda: sensitivities(
+            pipe, transformer, captured.forwards, passes, lambda done, total: report("sensitivity", done, total)
+        ),
+        cost=lambda: measure(
+            tried,
+            captured.grid,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            dtype=captured.dtype,
+            device=next(transformer.parameters()).device,
+            report=lambda done, total: report("cost", done, total),
+        ),
     )
+    moved, cost = measured.sensitivities, measured.cost
     found = Findings(
         shape=shape,
         expert=name if len(experts) > 1 else None,
@@ -169,23 +187,32 @@ def search(
         quantile=quantile,
         prompts=prompts,
         held_out=held_out[:proofs],
+        measured_steps=list(captured.measured),
         noise_levels=[captured.noise_levels[step] for step in captured.measured],
         sampled_rows=min(score.rows for score in captured.scores),
-        schedule=schedule,
+        schedule=schedule.model_copy(update={"dense_by": "own"}) if cost.dense < cost.stock else schedule,
         candidates=tried,
         **gathered(captured.scores, shape.layers, moved, quantile),  # type: ignore[arg-type]
         sensitivities=moved,
-        seconds=[cost.seconds(one, 0.0, captured.tokens, shape.heads) for one in tried],
+        seconds=[],
         dense_seconds=cost.dense,
         stock_seconds=cost.stock,
         launch_seconds=cost.launch,
         calls=captured.calls,
         dense_calls=captured.dense_calls,
+        branches=captured.branches,
+        refreshes=captured.refreshes,
         costs=cost.rows,
-        machine=surroundings("cpu")["machine"],
+        machine=surroundings(str(next(transformer.parameters()).device))["machine"],
     )
     problem, constant = knapsack(found, cost)
-    found = found.model_copy(update={"front": front(found, problem, constant, report)})
+    sparse = max(found.calls - found.dense_calls, 1)
+    found = found.model_copy(
+        update={
+            "seconds": (problem.seconds.mean((0, 1)) / sparse).tolist(),
+            "front": front(found, problem, constant, report),
+        }
+    )
     allowed = (BUDGET if budget is None else budget) * cost.dense * captured.calls * shape.layers
     point, found, met = bounded(
         found, problem, constant, max_seconds=None if max_error is not None else allowed, max_error=max_error
@@ -194,6 +221,7 @@ def search(
         pipe=pipe,
         prompts=found.held_out,
         settings=settings,
+        expert=found.expert,
         seed=seed + 1000,
         report=lambda done, total: report("proof", done, total),
     )
@@ -216,7 +244,12 @@ def search(
         point, met = cheapest(len(found.front), lambda number: getattr(prove(number), value), target)
     if found.held_out:
         prove(point)
-    found = found.model_copy(update={"chosen": point, "proofs": [kept[number] for number in sorted(kept)]})
+        for number in spread(len(found.front), across):
+            prove(number)
+    chosen_one = found.front[point]
+    steady = steadiness(found, cost, captured.scores, chosen_one.picks, chosen_one.seconds - constant)
+    proved = [kept[number] for number in sorted(kept)]
+    found = found.model_copy(update={"chosen": point, "proofs": proved, "steady": steady})
     plan = found.plan(point)
     found.save(folder)
     plan.save(folder / PLAN)
@@ -224,6 +257,12 @@ def search(
     draw_all(folder, found, plan, pipe, transformer, settings, videos.get(str(point), {}))
     report("pictures", 1, 1)
     return SearchResult(plan=plan, findings=found, folder=folder, met=met)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most so many numbers below `count`, evenly spread from its first to its last."""
+    wanted = min(wanted, count)
+    return sorted({round(place * (count - 1) / max(wanted - 1, 1)) for place in range(wanted)})
 
 
 def _bounds(budget: Any, max_error: Any, target_psnr: Any, target_ssim: Any) -> dict[str, float | None]:

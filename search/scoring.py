@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.dense import Dense
 from ..attention.grid import TokenGrid
 from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from ..attention.schedule import Schedule
 from ..kernels.attend import attend
-from ..kernels.blocklist import BlockList
-from ..kernels.listops import all_blocks
-from ..kernels.pyramid import build_pyramid
 from .capture import Sample
-from .entry import Entry, density_of, entries_of
+from .entry import Call, Entry, entries_of
 from .findings import Candidate
 
-MOST_ROWS = 16384
-"""Query rows of a call that errors are measured on; of longer sequences a sample of their tiles."""
+ROWS = 1024
+"""Queries of a call that errors are measured on; of longer sequences a sample of their tiles."""
 
 
 class Cancelled(Exception):
@@ -89,6 +87,7 @@ class ScoringRun(PlanRun):
     """A dense plan that holds every candidate against some of the calls on the way.
 
     schedule: of the plan that is searched for; count: how many of its sparse steps are measured, spread over them.
+    takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `score`.
     report: called after each scored call. cancelled: asked before each.
     """
 
@@ -100,13 +99,16 @@ class ScoringRun(PlanRun):
         *,
         schedule: Schedule,
         count: int,
+        rows: int | None,
+        takes_part: Callable[[float], bool],
         report: Callable[[], None],
         cancelled: Callable[[], bool],
     ):
         self.candidates, self.journal, self.wanted_schedule, self.count = candidates, journal, schedule, count
-        self.report, self.cancelled = report, cancelled
+        self.rows, self.takes_part, self.report, self.cancelled = rows, takes_part, report, cancelled
         self.prompt = 0
-        self.wanted: Collection[int] = ()
+        self.wanted: list[int] = []
+        self.branches: list[str] = []
         self.grid: TokenGrid | None = None
         self.dtype: torch.dtype | None = None
         self._entries: dict[TokenGrid, list[Entry]] = {}
@@ -115,9 +117,14 @@ class ScoringRun(PlanRun):
     def begin(self, noise_levels: Sequence[float] | None = None) -> None:
         super().begin(noise_levels)
         if noise_levels:
-            sparse = [step for step, level in enumerate(noise_levels) if not self.wanted_schedule.is_dense(level, step)]
+            dense = self.wanted_schedule.is_dense
+            own = [(step, level) for step, level in enumerate(noise_levels) if self.takes_part(level)]
+            sparse = [step for step, level in own if not dense(level, step)]
             if not sparse:
-                raise ValueError("schedule leaves no step of this run sparse: lower dense_first_steps or dense_from")
+                raise ValueError(
+                    f"schedule leaves none of the transformer's {len(own)} steps of this run sparse: give more steps, "
+                    "or lower dense_until, dense_first_steps or dense_from"
+                )
             places = torch.linspace(0, len(sparse) - 1, min(self.count, len(sparse))).round().long().unique()
             self.wanted = [sparse[place] for place in places.tolist()]
 
@@ -125,6 +132,8 @@ class ScoringRun(PlanRun):
         place = (self.prompt, call["step"], str(call["branch"]), call["layer"])
         if call["grid"] is not None:
             self.grid, self.dtype = call["grid"], query.dtype
+        if place[2] not in self.branches:
+            self.branches.append(place[2])
         if call["step"] in self.wanted and call["grid"] is not None and place not in self.journal.scores:
             if self.cancelled():
                 raise Cancelled
@@ -145,9 +154,16 @@ class ScoringRun(PlanRun):
                 branch=place[2],
             )
             if sample.grid not in self._entries:
-                self._entries[sample.grid] = entries_of(self.candidates, sample.grid)
+                self._entries[sample.grid] = entries_of(self.candidates, sample.grid, query.device)
             with torch.no_grad():
-                found = score(sample, self._entries[sample.grid], call.get("scale"), call.get("key_log_weight"))
+                found = score(
+                    sample,
+                    self._entries[sample.grid],
+                    call.get("scale"),
+                    call.get("key_log_weight"),
+                    rows=self.rows,
+                    turn=self._turn(sample),
+                )
             self.journal.add(
                 Score(
                     prompt=self.prompt,
@@ -161,52 +177,51 @@ class ScoringRun(PlanRun):
             self.report()
         return super().attend_layer(query, key, value, **call)
 
+    def _turn(self, sample: Sample) -> int:
+        """A number of the call among those of its layer, the same whenever it is made."""
+        own = self.wanted.index(sample.step) * 2 + self.branches.index(sample.branch)
+        return self.prompt * 2 * len(self.wanted) + own
+
 
 def score(
-    sample: Sample, entries: Sequence[Entry], scale: float | None = None, key_log_weight: Tensor | None = None
+    sample: Sample,
+    entries: Sequence[Entry],
+    scale: float | None = None,
+    key_log_weight: Tensor | None = None,
+    *,
+    rows: int | None = None,
+    turn: int = 0,
 ) -> dict[str, Any]:
     """The parts of a `Score` that the tensors tell, each as lists [heads][candidates].
 
-    Errors are the worst of a batch's items. Of a sequence longer than MOST_ROWS every so many-th tile is measured.
+    rows: of about how many queries; None = all of them. Then every so many-th tile of each order is measured, and which
+    of them goes by `turn`, so that calls of a layer that take turns see them all. Errors are the worst of a batch's
+    items. Those that read everything are what errors are held against: theirs is 0.
     """
-    query = sample.query
-    heads = query.shape[1]
+    visual = sum(segment.tokens for segment in sample.grid.visual)
+    every = 1 if rows is None else max(1, -(-visual // rows))
+    call = Call(sample, scale=scale, key_log_weight=key_log_weight, every=every, turn=turn)
+    heads = sample.query.shape[1]
     columns: dict[str, list[list[float]]] = {"errors": [], "recalls": [], "densities": []}
-    dense: tuple[Tensor, Tensor] | None = None
-    norms: list[float] = []
-    rows = 0
+    exact: dict[int, tuple[Tensor, Tensor]] = {}
     for entry in entries:
-        every = max(1, -(-sample.grid.tokens // MOST_ROWS))
-        chosen = torch.arange(0, entry.layout.tiles, every)
-        if dense is None:
-            pyramid = build_pyramid(
-                sample.key,
-                sample.value,
-                entry.layout.key_rows,
-                block=entry.layout.block,
-                key_log_weight=key_log_weight,
-            )
-            # All of it: selectors that start from a dense step's lse have it for every query.
-            dense = attend(query, pyramid, all_blocks(entry.layout.query_rows, entry.layout.block), scale=scale)
-            norms = dense[0].float().square().sum((0, 2, 3)).sqrt().tolist()
-        blocks, pyramid = entry.select(sample, dense[1], scale, key_log_weight)
-        columns["densities"].append(density_of(blocks, pyramid, heads))
-        columns["recalls"].append(entry.recall(sample, blocks, dense[1], scale, key_log_weight))
-        few = blocks if every == 1 else tiles_of(blocks, chosen)
-        held = few.query_rows[few.query_rows >= 0].long()
-        rows = len(held)
-        out, _ = attend(query, pyramid, few, scale=scale)
-        off = (out[:, :, held].float() - dense[0][:, :, held].float()).square().sum((2, 3)).sqrt()
-        exact = dense[0][:, :, held].float().square().sum((2, 3)).sqrt()
-        columns["errors"].append((off / exact.clamp(min=1e-12)).amax(0).tolist())
+        if isinstance(entry.candidate.selector, Dense):
+            for name, value in (("errors", 0.0), ("recalls", 1.0), ("densities", 1.0)):
+                columns[name].append([value] * heads)
+            continue
+        if entry.queries not in exact:
+            held = call.layout(entry).query_rows
+            places = held[held >= 0].long()
+            exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
+        places, dense = exact[entry.queries]
+        blocks = call.select(entry)
+        columns["densities"].append(call.density(entry, blocks))
+        columns["recalls"].append(call.recall(entry, blocks))
+        out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=scale)
+        off = (out[:, :, places].float() - dense).square().sum((2, 3)).sqrt()
+        columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
+    if not exact:
+        raise ValueError("candidates must hold one that does not read everything: there is nothing to choose")
+    places, dense = next(iter(exact.values()))
     turned = {name: [list(row) for row in zip(*column, strict=True)] for name, column in columns.items()}
-    for entry in entries:
-        entry.forget()
-    return {"rows": rows, "norms": norms, **turned}
-
-
-def tiles_of(blocks: BlockList, tiles: Tensor) -> BlockList:
-    """The list of some of the query tiles."""
-    names = ("start", "count", "masked_count", "mask_start")
-    parts = {name: getattr(blocks, name)[..., tiles] for name in names}
-    return replace(blocks, query_rows=blocks.query_rows[:, tiles], **parts)
+    return {"rows": len(places), "norms": dense.square().sum((0, 2, 3)).sqrt().tolist(), **turned}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -75,32 +76,42 @@ class _Perturbed(PlanRun):
 def sensitivities(
     pipe: Any,
     transformer: nn.Module,
-    forwards: Collection[Forward],
+    forwards: Sequence[Forward],
+    passes: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """For each layer ‖change of the prediction‖ / ‖prediction‖, per unit of relative error of its attention's output:
-    the root mean square over the forwards given, each of which is run once for every layer, and once as it is.
+    """For each layer ‖change of the prediction‖ / ‖prediction‖, per unit of relative error of its attention's output.
+
+    Each forward is run as it is, and once for every layer; the root mean square over forwards counts. As many of the
+    forwards are taken as `passes` allow. Of a model with too many layers even for one, those measured are spread from
+    the first to the last, and the others take what lies between their neighbours' logarithms.
     """
     shape = model_shape(transformer)
+    count = min(shape.layers, max(passes - 1, 2))
+    measured = np.unique(np.linspace(0, shape.layers - 1, count).round().astype(int)).tolist()
+    forwards = forwards[: max(1, passes // (len(measured) + 1))]
     run = _Perturbed(Plan.dense(grid=(1, 1, 1), **asdict(shape)))
     clock = RunClock(pipe)
     hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
-    squares = [0.0] * shape.layers
+    squares = dict.fromkeys(measured, 0.0)
+    total = len(forwards) * (len(measured) + 1)
     try:
         for number, forward in enumerate(forwards):
-            results = []
-            for layer in (None, *range(shape.layers)):
+            base: Tensor | None = None
+            for place, layer in enumerate((None, *measured)):
                 run.layer = layer
                 with torch.no_grad():
-                    results.append(_prediction(transformer(*forward.args, **forward.kwargs)).float())
-                report(number * (shape.layers + 1) + len(results), len(forwards) * (shape.layers + 1))
-            base, *moved = results
-            for layer, other in enumerate(moved):
-                squares[layer] += float(((other - base).norm() / base.norm() / EPSILON) ** 2)
+                    other = _prediction(transformer(*forward.args, **forward.kwargs)).float()
+                if base is None or layer is None:
+                    base = other
+                else:
+                    squares[layer] += float(((other - base).norm() / base.norm() / EPSILON) ** 2)
+                report(number * (len(measured) + 1) + place + 1, total)
     finally:
         hooks.remove()
         clock.release()
-    return [(square / max(len(forwards), 1)) ** 0.5 for square in squares]
+    moved = [max((square / len(forwards)) ** 0.5, 1e-12) for square in squares.values()]
+    return np.exp(np.interp(np.arange(shape.layers), measured, np.log(moved))).tolist()
 
 
 def _prediction(output: Any) -> Tensor:

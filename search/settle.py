@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..attention.tell import STOCK
 from .choose import Choice, Problem, choose, total
 from .cost import Cost
 from .findings import Findings, Point
 from .scoring import Score
 
-SHARES = (0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1.0)
-"""Of our own dense attention's time: the budgets of the front."""
+FOLDS = 4
+POINTS = 14
+"""Budgets of the front, from the least time that there is to that of no error."""
 
 
 def gathered(
@@ -41,16 +43,12 @@ def knapsack(found: Findings, cost: Cost) -> tuple[Problem, float]:
     sparse = found.calls - found.dense_calls
     densities, weights = np.array(found.densities), np.array(found.weights)
     seconds = np.empty_like(densities)
-    refreshes = min(1 + len(found.schedule.refresh_at), sparse)
-    branches = max(1, round(found.calls / found.steps))
     for number, candidate in enumerate(found.candidates):
-        per_call = np.vectorize(lambda density, one=candidate: cost.seconds(one, density, found.tokens, heads))
-        own = sparse * per_call(densities[:, :, number])
-        own = own + cost.select[number] * refreshes * branches
+        call = cost.seconds(number, candidate, densities[:, :, number], heads, found.tokens)
+        own = sparse * call + cost.select[number] * found.refreshes * found.branches
         if getattr(candidate.selector, "needs_lse", False):
             # The first sparse step of each branch runs dense by our own kernel, for its lse.
-            first = branches * (cost.dense / heads - per_call(densities[:, :, number]))
-            own = own + np.maximum(first, 0)
+            own = own + found.branches * np.maximum(cost.dense / heads - call, 0)
         seconds[:, :, number] = own
     layouts = [candidate.layout for candidate in found.candidates]
     numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
@@ -61,28 +59,24 @@ def knapsack(found: Findings, cost: Cost) -> tuple[Problem, float]:
         launch=cost.launch * sparse,
         stock=cost.stock * sparse,
     )
-    return problem, found.dense_calls * cost.stock * layers
+    dense = cost.dense if found.schedule.dense_by == "own" else cost.stock
+    return problem, found.dense_calls * dense * layers
 
 
 def front(found: Findings, problem: Problem, constant: float, report: Callable[[str, int, int], None]) -> list[Point]:
     """The best choices over a range of budgets, of rising time and falling error, none beaten by another."""
-    own_dense = found.dense_seconds * found.calls * found.shape.layers
-    points: list[Point] = []
-    for number, share in enumerate(SHARES):
-        choice = choose(problem, max_seconds=share * own_dense - constant)
-        if choice is not None:
-            points.append(point_of(found, choice, constant))
-        report("choice", number + 1, len(SHARES))
-    if not points:
-        points = [point_of(found, _least_seconds(problem), constant)]
-    return pareto(points)
-
-
-def _least_seconds(problem: Problem) -> Choice:
-    """The fastest there is, whatever its error."""
-    choice = choose(problem, max_error=float(problem.errors.max(2).sum()) + 1.0)
-    assert choice is not None
-    return choice
+    fastest = choose(problem, max_error=float(problem.errors.max(2).sum()) + 1.0)
+    exact = choose(problem, max_error=0.0)
+    # Every layout has a candidate that reads everything.
+    assert fastest is not None
+    assert exact is not None
+    ends = max(fastest.seconds, 1e-9), max(exact.seconds, 2e-9)
+    choices = [fastest, exact]
+    for number, seconds in enumerate(np.geomspace(*ends, POINTS)[1:-1].tolist()):
+        choice = choose(problem, max_seconds=seconds)
+        choices += [choice] if choice is not None else []
+        report("choice", number + 1, POINTS - 2)
+    return pareto([point_of(found, choice, constant) for choice in choices])
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -124,3 +118,35 @@ def bounded(
     others = [one for one in found.front if one.picks != point.picks]
     points = sorted([*others, point], key=lambda one: (one.seconds, one.error))
     return points.index(point), found.model_copy(update={"front": points}), True
+
+
+def families_of(found: Findings, picks: Sequence[list[int] | None]) -> list[str]:
+    """The family of every head of a choice, layer by layer."""
+    heads = found.shape.heads
+    return [
+        found.candidates[number].family if number is not None else STOCK
+        for layer in picks
+        for number in (layer or [None] * heads)
+    ]
+
+
+def steadiness(
+    found: Findings, cost: Cost, scores: Sequence[Score], picks: Sequence[list[int] | None], max_seconds: float
+) -> float | None:
+    """The share of heads that keep their family whichever quarter of the prompts is left out; None of one prompt.
+
+    max_seconds: of the choice, without what no choice changes.
+    """
+    prompts = sorted({score.prompt for score in scores})
+    folds = [prompts[place :: min(FOLDS, len(prompts))] for place in range(min(FOLDS, len(prompts)))]
+    if len(folds) < 2:
+        return None
+    kept = np.ones(len(picks) * found.shape.heads, dtype=bool)
+    mine = families_of(found, picks)
+    for fold in folds:
+        others = [score for score in scores if score.prompt not in fold]
+        own = found.model_copy(update=gathered(others, len(picks), found.sensitivities, found.quantile))
+        choice = choose(knapsack(own, cost)[0], max_seconds=max_seconds)
+        if choice is not None:
+            kept &= [a == b for a, b in zip(mine, families_of(found, choice.picks), strict=True)]
+    return float(kept.mean())

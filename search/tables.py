@@ -12,6 +12,8 @@ from .findings import CostRow, Findings, Point
 from .heatmap import families
 
 Rows = list[tuple[str, ...]]
+STEADY = 0.75
+"""Share of heads below which prompts were too few."""
 
 
 def chosen_of(findings: Findings) -> Point:
@@ -158,9 +160,17 @@ def circumstances(findings: Findings) -> Rows:
             "candidates",
             f"{len(findings.candidates)} a head: {_families(Counter(c.family for c in findings.candidates))}",
         ),
+        ("steadiness", _steady(findings.steady)),
         ("seed", str(findings.seed)),
         ("machine", machine or "not told"),
     ]
+
+
+def _steady(share: float | None) -> str:
+    if share is None:
+        return "not told: one prompt alone was calibrated on"
+    said = f"{share:.0%} of heads keep their family whichever quarter of the prompts is left out"
+    return said if share >= STEADY else f"{said}: calibrate on more prompts"
 
 
 def _whole_dense(findings: Findings) -> tuple[float, float]:

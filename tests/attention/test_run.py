@@ -295,6 +295,29 @@ class Latest(DynamicSelector):
         return level0_list(score >= score.amax(-1, keepdim=True), layout)
 
 
+def test_dense_steps_by_our_own_kernel():
+    grid = TokenGrid.video(3, 4, 5, text_after=6)
+    query, key, value = tensors(grid)
+    for own in (None, "own"):
+        schedule = Schedule(dense_until=0.5, dense_by=own)
+        run = PlanRun(plan_of(group_of((tuple(range(HEADS)), Skip())), schedule=schedule))
+        early, late = (
+            run.attend_layer(query, key, value, layer=0, noise_level=level, step=step, grid=grid)
+            for step, level in enumerate((0.9, 0.1))
+        )
+        assert late is not None
+        if own is None:
+            assert early is None
+        else:
+            assert early is not None
+            torch.testing.assert_close(early, F.scaled_dot_product_attention(query, key, value))
+        (status,) = run.status()
+        assert (status.calls, status.dense_calls) == (2, 1)
+        assert ("by our kernel" in status.reason) == (own == "own")
+        # Counted like any other dense step.
+        assert run.density() == pytest.approx((1 + run.list_density()) / 2)
+
+
 def dynamic_run(*heads: tuple[int, ...], schedule: Schedule, layers: int = 1) -> PlanRun:
     """Heads 0 and 3 by a window, the others by `Latest`, in one entry for each tuple of heads."""
     # A plan file can't name this selector: built without validation.
