@@ -94,11 +94,16 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """The attention of a transformer; axes: what each dimension of its latents is, of B, C, F, H, W, N."""
+    """The attention of a transformer; axes: what each dimension of its latents is, of B, C, F, H, W, N.
+
+    noise: the unit of the timestep, as in `ModelRow`, if the forward was a run's first.
+    """
 
     model: str
     latents: str
     axes: str
+    timestep: str
+    noise: str
     names: tuple[str, ...]
     findings: tuple[Finding, ...]
 
@@ -118,7 +123,13 @@ class Probed:
         parts.append(f"tokens=Tokens({tokens})")
         if dense:
             parts.append(f'dense=r"{dense}"')
+        if self.timestep not in ("timestep", ""):
+            parts.append(f'timestep="{self.timestep}"')
+        if self.noise != "training steps":
+            parts.append(f'noise="{self.noise}"')
         lines = [f"ModelRow({', '.join(parts)})"]
+        if "encoder_hidden_states" not in self.names:
+            lines.append("# no encoder_hidden_states: name the argument that holds the text in `text`")
         lines += [
             f"# {one.paths}: {one.order}, another sequence: give it in `elsewhere`"
             for one in found
@@ -174,9 +185,17 @@ def probe(transformer: nn.Module, arguments: Mapping[str, Any], *, latents: str 
         model=type(transformer).__name__,
         latents=name,
         axes=axes,
+        **_noise(arguments),
         names=tuple(arguments),
         findings=tuple(findings.values()),
     )
+
+
+def _noise(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The name of the timestep among the arguments of a run's first forward, and its unit: the noise is full then."""
+    name = next((name for name in ("timestep", "timesteps", "t") if arguments.get(name) is not None), "")
+    value = float(torch.as_tensor(arguments.get(name, 1000)).float().max())
+    return {"timestep": name, "noise": "training steps" if value > 1 else "fraction" if value > 0.5 else "1 - fraction"}
 
 
 def _bits(size: int) -> int:
@@ -225,7 +244,8 @@ def probe_folder(folder: str | Path) -> list[Probed]:
     pipe: Any = load(folder, dtype="fp32", device="cpu")
     name, transformer = next(iter(transformers_of(pipe).items()))
     arguments = _first_arguments(pipe, name, transformer)
-    return [probe(module, arguments) for module in transformers_of(pipe).values()]
+    # Experts are of one class, and told once.
+    return list(dict.fromkeys(probe(module, arguments) for module in transformers_of(pipe).values()))
 
 
 def _first_arguments(pipe: Any, name: str, transformer: nn.Module) -> dict[str, Any]:

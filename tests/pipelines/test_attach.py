@@ -266,3 +266,20 @@ def test_processor_swapped_for_one_of_another_module(wan, latents_of, sparse_pla
         assert torch.equal(latents_of(wan), expected)
         assert all(step.sparse_calls == 2 * LAYERS for step in handle.steps)
     assert elsewhere.dispatch_attention_fn is stock
+
+
+def test_processor_out_of_reach_stays_stock_and_says_so(wan, latents_of, sparse_plan, monkeypatch):
+    stock = latents_of(wan)
+    elsewhere = types.ModuleType("unreachable_processors")
+    elsewhere.__dict__.update(vars(wan_module))
+    source = inspect.getsource(wan_module.WanAttnProcessor).replace("dispatch_attention_fn", "their_own_attention")
+    exec("__name__ = 'unreachable_processors'\n" + source, elsewhere.__dict__)
+    elsewhere.__dict__["their_own_attention"] = elsewhere.__dict__["dispatch_attention_fn"]
+    monkeypatch.setitem(sys.modules, "unreachable_processors", elsewhere)
+    with attach(wan, sparse_plan()) as handle:
+        wan.transformer.set_attn_processor(elsewhere.WanAttnProcessor())
+        assert torch.equal(latents_of(wan), stock)
+        lines = handle.summary().splitlines()
+        assert all(
+            "not called (skipped by a cache, or its processor is out of reach)" in line for line in lines[-LAYERS:]
+        )

@@ -11,7 +11,7 @@ import torch
 
 from ziggurat.app.cli import main
 from ziggurat.pipelines.catalogue import rows
-from ziggurat.pipelines.probe import probe
+from ziggurat.pipelines.probe import probe, probe_folder
 
 # Type checkers see nothing of what diffusers imports late.
 library: Any = diffusers
@@ -55,6 +55,8 @@ def test_where_tokens_stand():
         ' tokens=Tokens(visual=latents("BCFHW"), order=("visual", "text")),'
         r' dense=r"context_embedder\.token_refiner\.refiner_blocks\.\d+\.attn")'
     )
+    for first, noise in ((1.0, ', noise="fraction"'), (0.0, ', noise="1 - fraction"')):
+        assert noise in probe(transformer, arguments | {"timestep": torch.tensor([first])}).row
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
 
 
@@ -65,6 +67,10 @@ def test_tokens_out_of_raster_order_are_seen(monkeypatch):
     found = probe(transformer, arguments)
     assert not next(finding for finding in found.findings if finding.visual).raster
     assert "not in raster order" in found.row
+
+
+def test_experts_of_one_class_are_told_once(experts_folder):
+    assert [found.model for found in probe_folder(experts_folder)] == ["WanTransformer3DModel"]
 
 
 def test_what_can_not_be_probed():

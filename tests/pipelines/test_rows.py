@@ -114,6 +114,35 @@ def test_texts_of_different_length_before_the_image():
     assert "different token positions" in condition({"mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments", "reason"),
+    [
+        ("Kandinsky5Transformer3DModel", {"sparse_params": {"P": 0.9}}, "Kandinsky's own sparse attention is on"),
+        (
+            "HunyuanImageTransformer2DModel",
+            {"hidden_states": torch.zeros(1, 4, 1, 6, 9)},
+            "grid unknown: hidden_states",
+        ),
+        ("HiDreamImageTransformer2DModel", {"hidden_states": torch.zeros(1, 54, 16)}, "grid unknown: hidden_states"),
+        ("ZImageTransformer2DModel", {"x": torch.zeros(1, 4, 1, 6, 9)}, "x is no list of images"),
+        (
+            "ZImageTransformer2DModel",
+            {"x": [torch.zeros(4, 1, 6, 8), torch.zeros(4, 1, 8, 6)]},
+            "batch items have images of different sizes",
+        ),
+        (
+            "BriaFibo2Transformer2DModel",
+            {"hidden_states": torch.zeros(2, 4, 6, 8), "encoder_attention_mask": torch.tensor([[1, 1], [1, 0]])},
+            "batch items have different token positions",
+        ),
+    ],
+)
+def test_what_a_row_does_not_reach_says_why(model, arguments, reason):
+    config = {"patch_size": 2, "all_patch_size": (2,), "all_f_patch_size": (1,)}
+    measure = MODELS[model].tokens.measure(config, arguments)
+    assert reason in str(measure.token_grid(60))
+
+
 def test_which_layers_a_plan_counts():
     assert WAN.layers(["blocks.0.attn1", "blocks.0.attn2", "blocks.1.attn1"]) == ["blocks.0.attn1", "blocks.1.attn1"]
     latte = MODELS["LatteTransformer3DModel"]
