@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .app_verb import app as app_verb
 from .batch import batch
@@ -36,7 +37,7 @@ VERBS: dict[str, tuple[Any, str]] = {
 """In the order of use; the lines fit a terminal of 80 columns."""
 
 
-class InOrder(typer.core.TyperGroup):
+class InOrder(TyperGroup):
     """Verbs in the order of `VERBS`, whichever of them have verbs of their own."""
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -191,6 +191,7 @@ def second_plan(monkeypatch):
     def search(pipe: Any, folder: Path, **asked: Any) -> Any:
         done = real(pipe, folder, **asked)
         found = done.findings
+        assert found.chosen is not None
         number = next(i for i, one in enumerate(found.candidates) if one.family == "window")
         cheapest = found.front[found.chosen]
         picks: list[Any] = [[number] * found.shape.heads] * found.shape.layers
