@@ -125,6 +125,8 @@ def _trained_vae(run: Path, accelerator: Accelerator, report: Report, seed: int)
 def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None) -> None:
     """Write the pipeline, its defaults and its model card to `out`, replacing what is there at once."""
     part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
+    for model in (pipe.transformer, pipe.vae):
+        model.register_to_config(_name_or_path="")  # where this machine had it
     pipe.to("cpu", torch.float32).save_pretrained(part, safe_serialization=True)
     (part / "ziggurat.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     (part / "README.md").write_text(card(recipe, start))
@@ -135,7 +137,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
         shutil.rmtree(old)
 
 
-DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 10, "guidance": 4.0, "fps": 16, "captions": "shapes"}
+DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 10, "guidance": 2.5, "fps": 16, "captions": "shapes"}
 
 
 @contextmanager
