@@ -142,7 +142,8 @@ if __name__ == "__main__":
         sys.exit()
     if sys.argv[1] == "wide":
         wide = [("forward", t, 128, 16) for t in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")]
-        wide += [("grad_query", "cuda:80", 128, 16), ("grad_rows", "cuda:80", 128, 16), ("mass", "cuda:90", 128, 64)]
+        wide += [("grad_query", "cuda:80", 128, 16), ("grad_rows", "cuda:80", 128, 16)]
+        wide += [("mass", t, 128, 64) for t in ("cuda:80", "cuda:90")]
         padded = [("forward", t, 80, b) for t in ("cuda:89", "cuda:120") for b in (16, 64)]
         large = [("forward", t, 256, 16) for t in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")]
         large += [("grad_query", "cuda:80", 256, 64), ("grad_rows", "hip:gfx942", 256, 64)]
