@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from .entry import Call, entries_of
 from .findings import Candidate, CostRow, Record
 
 RUNS, FEW = 5, 2
+MIXTURES = 7
 SHARES = ("25%", "45%", "65%", "85%")
 
 
@@ -45,15 +48,17 @@ class Cost(Record):
     """What this device takes. A call of a head group is launch + the sum over its heads.
 
     layouts: the fitted model. own, own_density: each candidate's seconds a head in a call as measured, and the list
-    density it had there, which the model carries over to others; select: seconds to build a candidate's list for one
-    head, 0 where it is static. dense: of one layer by our kernel reading everything, stock: by SDPA. rows: what the
-    model was fitted to.
+    density it had there, which the model carries over to others. mixed: how many times the sum of its heads alone a
+    layer of unlike heads takes, whose lists, levels and orders of keys are joined. select: seconds to build a
+    candidate's list for one head, 0 where it is static. dense: of one layer by our kernel reading everything, stock: by
+    SDPA. rows: what the model was fitted to.
     """
 
     launch: float
     layouts: list[LayoutCost]
     own: list[float]
     own_density: list[float]
+    mixed: float = 1.0
     select: list[float]
     dense: float
     stock: float
@@ -66,7 +71,7 @@ class Cost(Record):
         layout = next(one for one in self.layouts if (one.tile, one.block) == (candidate.tile, candidate.block))
         pooled = has_levels(candidate)
         there = layout.seconds(tokens, pooled, self.own_density[number])
-        return self.own[number] * layout.seconds(tokens, pooled, density) / max(there, 1e-30)
+        return self.mixed * self.own[number] * layout.seconds(tokens, pooled, density) / max(there, 1e-30)
 
 
 def has_levels(candidate: Candidate) -> bool:
@@ -129,15 +134,17 @@ def measure(
     launch = float(weights[0])
     select = _selections(candidates, grid, tensors)
     report(total, total)
+    alone = [max(seconds - launch, seconds / 2) / heads for seconds, _ in own]
     return Cost(
         launch=launch,
+        mixed=_mixed(candidates, alone, launch, tensors, grid),
         layouts=[
             LayoutCost(
                 tile=tile, block=block, fixed=weights[1 + 3 * i], pooled=weights[2 + 3 * i], pair=weights[3 + 3 * i]
             )
             for i, (tile, block) in enumerate(layouts)
         ],
-        own=[max(seconds - launch, seconds / 2) / heads for seconds, _ in own],
+        own=alone,
         own_density=[density for _, density in own],
         select=select,
         dense=_layer(everything, tensors, grid)[0],
@@ -204,6 +211,32 @@ def _alone(
     entry = candidate.entry.model_copy(update={"heads": tuple(range(tensors[0].shape[1]))})
     group = candidate.group.model_copy(update={"entries": (entry,)})
     return _layer(group, tensors, sizes)
+
+
+def _mixed(
+    candidates: Sequence[Candidate],
+    alone: Sequence[float],
+    launch: float,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+) -> float:
+    """Layers whose heads are drawn from the candidates of the commonest layout, over the sum of those heads; median."""
+    layout = Counter(one.layout for one in candidates).most_common(1)[0][0]
+    heads = tensors[0].shape[1]
+    numbers = [n for n, one in enumerate(candidates) if one.layout == layout and not isinstance(one.selector, Dense)]
+    if heads < 2 or len(numbers) < 2:
+        return 1.0
+    draw, ratios = random.Random(0), []
+    for _ in range(MIXTURES):
+        drawn = [draw.choice(numbers) for _ in range(heads)]
+        entries: dict[int, HeadPlan] = {}
+        for number in dict.fromkeys(drawn):
+            own = tuple(head for head, other in enumerate(drawn) if other == number)
+            entries[number] = candidates[number].entry.model_copy(update={"heads": own})
+        group = HeadGroup(order=layout[0], tile=layout[1], block=layout[2], entries=tuple(entries.values()))
+        seconds, _ = _layer(group, tensors, sizes)
+        ratios.append(seconds / (launch + sum(alone[number] for number in drawn)))
+    return max(1.0, statistics.median(ratios))
 
 
 def _selections(
