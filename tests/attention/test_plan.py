@@ -64,7 +64,7 @@ def test_what_it_was_made_for_survives_and_is_left_out_where_unknown():
 
 
 def test_the_shipped_plan_keeps_its_text():
-    path = Path(__file__).parents[2] / "assets/plans/shapes-windows.json"
+    path = Path(__file__).parents[2] / "assets/plans/shapes.json"
     assert Plan.load(path).to_json() == path.read_text(encoding="utf-8")
 
 
