@@ -65,10 +65,10 @@ def list_density(shapes: Any) -> float:
 @pytest.mark.filterwarnings("ignore:the plan shipped for this model")
 def test_a_sentence_becomes_a_video_by_the_plan(shapes: Any):
     sentence = "a large red circle moving left on a gray background"
-    made = generate(shapes, sentence, frames=9, height=64, width=64, steps=6, seed=0)
-    assert made.frames.shape == (9, 64, 64, 3)
+    made = generate(shapes, sentence, frames=5, height=128, width=128, steps=6, seed=0)
+    assert made.frames.shape == (5, 128, 128, 3)
     assert made.plan_name == "shapes"
-    assert made.tokens == 5 * 8 * 8
+    assert made.tokens == 3 * 16 * 16
     assert 0 < made.density < 1
     corners = made.frames[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert abs(np.median(corners, (0, 1)) - BACKGROUNDS["gray"]).max() < 20
