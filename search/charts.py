@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .fidelity import Row
-from .heatmap import save
+from .heatmap import plain_log, save
 
 
 def draw(rows: Sequence[Row], path: Path, *, order: str | None = None) -> Path:
@@ -36,6 +36,8 @@ def draw(rows: Sequence[Row], path: Path, *, order: str | None = None) -> Path:
         right.set(title=f"{source}: error against time", xlabel="attention of one layer, ms")
         for panel in (left, right):
             panel.set(xscale="log", yscale="log")
+            plain_log(panel.xaxis)
+            plain_log(panel.yaxis)
             panel.grid(visible=True, which="both", alpha=0.2)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .findings import Findings, Point, Proof
-from .heatmap import COLOURS, GREY, ticks
+from .heatmap import COLOURS, GREY, plain_log, ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,6 @@ def front(findings: Findings) -> Figure:
     """Predicted attention seconds against error: the front, which of it was chosen and proved, each candidate alone."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -62,8 +61,7 @@ def front(findings: Findings) -> Figure:
     every = [error for error in (*errors, *(one[2] for one in alone)) if error > 0]
     if every:
         axes.set(yscale="log", ylim=(max(min(every), max(every) / 3000) / 1.5, max(every) * 1.5))
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        plain_log(axes.yaxis)
     axes.set_xlim(left=0)
     axes.grid(visible=True, alpha=0.2)
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside right upper")
@@ -133,6 +131,8 @@ def costs(findings: Findings) -> Figure | None:
     span = [min(both, default=1) / 1.3, max(both, default=1) * 1.3]
     axes.plot(span, span, color=LINE, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="fitted, ms a call", ylabel="measured, ms a call")
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     axes.set_title("the cost model and what it was fitted to", fontsize=9, loc="left")
     axes.legend(fontsize=8, frameon=False)
     return figure

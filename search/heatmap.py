@@ -15,6 +15,7 @@ from ..attention.tell import STOCK, families
 from ..pipelines.media import whole
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = {
@@ -154,6 +155,18 @@ def _outline(kept: np.ndarray) -> list[tuple[tuple[float, float], tuple[float, f
                 pieces = ((start - 0.5, row - 0.5), (end - 0.5, row - 0.5))
                 found.append(tuple(piece[::-1] for piece in pieces) if flipped else pieces)
     return found
+
+
+def plain_log(axis: Axis) -> None:
+    """Name a log axis's ticks in plain numbers, "0.6", with as many of the minor ones as there is room for."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def percent(share: float) -> str:

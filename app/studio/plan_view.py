@@ -110,7 +110,7 @@ def plan_text(plan: Plan, found: list[list[Cell]]) -> str:
     rows.append(("Density", f"{density:.1%} of its lists, to expect where it was made; dense steps not counted"))
     for title, figures in (("Predicted", plan.predicted), ("Measured", plan.measured)):
         if figures:
-            rows.append((title, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())))
+            rows.append((title, ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())))
     body = "".join(f"<tr><th scope='row'>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f"<table class='zg-table'><caption>The plan</caption>{body}</table>"
 

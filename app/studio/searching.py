@@ -132,8 +132,8 @@ def front(points: Sequence[dict[str, float]], chosen: int | None, picked: int | 
         f"<text x='{EDGE}' y='{HEIGHT - EDGE + 18}' {ink}>{duration(low)}</text>"
         f"<text x='{WIDTH - EDGE}' y='{HEIGHT - EDGE + 18}' text-anchor='end' {ink}>{duration(high)}</text>"
         f"<text x='{WIDTH / 2}' y='{HEIGHT - 12}' text-anchor='middle' {ink}>predicted attention of one video</text>"
-        f"<text x='{EDGE - 6}' y='{EDGE + 4}' text-anchor='end' {ink}>{top:.2g}</text>"
-        f"<text x='{EDGE - 6}' y='{HEIGHT - EDGE}' text-anchor='end' {ink}>0</text>"
+        f"<text x='{EDGE - 12}' y='{EDGE + 4}' text-anchor='end' {ink}>{top:.2g}</text>"
+        f"<text x='{EDGE - 12}' y='{HEIGHT - EDGE + 4}' text-anchor='end' {ink}>0</text>"
         f"<text x='14' y='{HEIGHT / 2}' text-anchor='middle' transform='rotate(-90 14 {HEIGHT / 2})' {ink}>"
         "predicted error</text>"
     )

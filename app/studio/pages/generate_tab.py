@@ -33,19 +33,13 @@ class GenerateTab:
         first = next(iter(studio.shelf.models.values()))
         usual = first.defaults
         self.shown = gr.State(None)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=320):
+        # The sentence that a page opens with goes by way of this, so that what was typed meanwhile stays.
+        self.earlier = gr.Textbox(visible=False)
+        # Beside each other, or below each other with the settings last: the style sheet places the three.
+        with gr.Row(equal_height=False, elem_id="workbench"):
+            with gr.Column(min_width=320, elem_id="ask"):
                 self.prompt = gr.Textbox(
                     label="Prompt", lines=3, placeholder="What the video is to show", autofocus=True
-                )
-                embedded = first.settings.captions == "shapes"
-                self.examples = (
-                    gr.Examples([[one] for one in EXAMPLES], [self.prompt], label="Examples") if embedded else None
-                )
-                self.negative = gr.Textbox(
-                    label="Negative prompt",
-                    placeholder="What it is not to show",
-                    visible="negative_prompt" in first.parameters,
                 )
                 self.image = gr.Image(
                     label="Image to start from",
@@ -54,13 +48,22 @@ class GenerateTab:
                     visible=first.takes_image,
                     height=200,
                 )
+                self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+                self.estimate = gr.Markdown("", elem_id="estimate")
+                embedded = first.settings.captions == "shapes"
+                self.examples = (
+                    gr.Examples([[one] for one in EXAMPLES], [self.prompt], label="Examples") if embedded else None
+                )
+            with gr.Column(min_width=320, elem_id="settings"):
                 with gr.Row():
                     names = list(studio.shelf.models)
                     self.model = gr.Dropdown(names, value=names[0], label="Model", min_width=140, elem_id="model")
                     self.plan = gr.Dropdown(
                         studio.shelf.plan_names(), value="auto", label="Plan", min_width=140, elem_id="plan"
                     )
-                self.upload = gr.UploadButton("Upload a plan file", file_types=[".json"], size="sm")
+                with gr.Row():
+                    self.random = gr.Checkbox(label="Random seed", value=True, min_width=140)
+                    self.compare = gr.Checkbox(label="Compare with dense attention", value=False, min_width=140)
                 self.preset = gr.Radio(list(PRESETS), value=PRESETS[1], label="Preset")
                 with gr.Row():
                     self.width = number("Width", usual.width, first.rule.width_step)
@@ -77,12 +80,13 @@ class GenerateTab:
                         visible="guidance_scale" in first.parameters,
                     )
                     self.seed = number("Seed", 0, 1, minimum=0)
-                with gr.Row():
-                    self.random = gr.Checkbox(label="Random seed", value=True, min_width=140)
-                    self.compare = gr.Checkbox(label="Compare with dense attention", value=False, min_width=140)
-                self.estimate = gr.Markdown("", elem_id="estimate")
-                self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-            with gr.Column(scale=6, min_width=320):
+                self.negative = gr.Textbox(
+                    label="Negative prompt",
+                    placeholder="What it is not to show",
+                    visible="negative_prompt" in first.parameters,
+                )
+                self.upload = gr.UploadButton("Upload a plan file", file_types=[".json"], size="sm")
+            with gr.Column(min_width=320, elem_id="outcome"):
                 self.progress = html("", elem_id="progress", label="Progress")
                 with gr.Row(visible=False) as self.stops:
                     self.stop = gr.Button("Stop now", variant="stop", size="sm", elem_id="stop")
@@ -106,8 +110,9 @@ class GenerateTab:
         self.go.click(self._submit, self.fields, [self.shown, self.seed], **quiet)
         self.prompt.submit(self._submit, self.fields, [self.shown, self.seed], **quiet)
         looked = [field for field in self.fields if field not in (self.prompt, self.negative, self.seed, self.random)]
-        for field in looked:
-            field.change(self._estimate, self.fields, self.estimate, queue=False, trigger_mode="always_last", **quiet)
+        # One event for them all: of several, an earlier one's answer may come last. A finished run teaches estimates.
+        changes = [field.change for field in (*looked, self.figures)]
+        gr.on(changes, self._estimate, self.fields, self.estimate, queue=False, trigger_mode="always_last", **quiet)
         shape = [self.negative, self.image, self.guidance]
         sizes = [self.width, self.height, self.frames, self.steps]
         self.model.input(self._choose_model, [self.model, self.plan], [self.plan, *shape, *sizes], **quiet)

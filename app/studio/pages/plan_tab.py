@@ -147,7 +147,8 @@ class PlanTab:
         name = maps.result["maps"][str(chosen[1])][str(step)]
         address = texts.file_url(self.studio.store, maps, name)
         about = f"Attention map of layer {chosen[0]}, head {chosen[1]} at step {step}"
-        return f"<figure class='zg-map'><img src='{address}' alt='{about}'><figcaption>{CAPTION}</figcaption></figure>"
+        picture = f"<div><img src='{address}' alt='{about}'></div>"
+        return f"<figure class='zg-map'>{picture}<figcaption>{CAPTION}</figcaption></figure>"
 
     def offer(self) -> Any:
         """The plans that there are by now."""

@@ -29,7 +29,7 @@ def build(studio: Studio) -> gr.Blocks:
             padding=False,
             js_on_load=None,
         )
-        # Says that the page's first event has filled it: what is typed before that may be overwritten.
+        # Says that the page's first event has filled it: but for the sentence, what is set before may be overwritten.
         ready = gr.HTML("", elem_id="ready", apply_default_css=False, padding=False, js_on_load=None)
         signs = gr.State({})
         with gr.Tabs(selected="generate") as tabs:
@@ -73,7 +73,11 @@ def build(studio: Studio) -> gr.Blocks:
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
         places = [ready, generate.shown, searches.shown, searches.offered]
-        page.load(first, None, [*places, generate.estimate, *generate.fields, *watched, signs], **quiet)
+        # All but the sentence, which a quick hand may have typed by then.
+        fields = [generate.earlier, *generate.fields[1:]]
+        filled = page.load(first, None, [*places, generate.estimate, *fields, *watched, signs], **quiet)
+        keep = "(typed, earlier) => typed || earlier || ''"
+        filled.then(None, [generate.prompt, generate.earlier], generate.prompt, js=keep, **quiet)
         page.load(
             lambda: plans.look(next(iter(studio.shelf.models)), "auto", None),
             None,
