@@ -43,7 +43,7 @@ def page(context, served) -> Iterator[Any]:
 
 def visit(page: Any, address: str) -> None:
     page.goto(address)
-    # The page is filled by its first event, which would overwrite what a quicker hand than a person's had typed.
+    # The page is filled by its first event, which would overwrite settings made by a quicker hand than a person's.
     page.wait_for_selector("#ready [data-ready]", state="attached")
 
 
@@ -128,6 +128,26 @@ def test_a_reloaded_page_finds_its_run_and_can_stop_it(page, served, wait_until)
     page.wait_for_function("document.querySelector('#progress').innerText.includes('Stopped')")
     wait_until(lambda: second.ended)
     assert (job.status, second.status) == ("stopped", "done")
+
+
+def test_a_sentence_typed_before_the_page_is_filled_stays(page, served, wait_until):
+    studio, address = served
+    job = ask(page, studio, wait_until, prompt="a red circle", steps=2)
+    wait_until(lambda: job.ended)
+    visit(page, address)
+    prompt = page.get_by_label("Prompt", exact=True).first
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(e => e.value === 'a red circle')")
+    held: list[Any] = []
+    page.route("**/gradio_api/run/**", lambda route: held.append(route))
+    page.goto(address)
+    prompt.fill("a blue square")
+    wait_until(lambda: page.wait_for_timeout(50) is None and bool(held))
+    page.route("**/gradio_api/run/**", lambda route: route.continue_())
+    for one in held:
+        one.continue_()
+    page.wait_for_selector("#ready [data-ready]", state="attached")
+    page.wait_for_timeout(1500)
+    assert prompt.input_value() == "a blue square"
 
 
 def test_stop_and_keep(page, served, wait_until):
