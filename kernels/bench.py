@@ -79,7 +79,7 @@ def measure(setting: Setting, *, runs: int = 5, flex: bool = False, seed: int = 
 
     Returns the setting with list density, seconds, sdpa_seconds, flex_seconds (None if not asked for), speedup over
     SDPA, speedup_x_density (1 = time in proportion to the rows read), max_error against float64, peak_bytes (the most
-    memory held at once beyond inputs and list, output included).
+    memory held at once beyond inputs, list and what is returned: output and lse, with backward the gradients too).
 
     Raises ValueError for a backend that cannot do it, RuntimeError if the result is wrong.
     """
@@ -144,16 +144,16 @@ def _check(setting: Setting, inputs: Inputs) -> float:
     return max(errors)
 
 
-def _ours(setting: Setting, inputs: Inputs) -> Callable[[], Any]:
-    def forward() -> None:
+def _ours(setting: Setting, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            attend(inputs.query, inputs.pyramid, inputs.blocks, backend=setting.backend)
+            return attend(inputs.query, inputs.pyramid, inputs.blocks, backend=setting.backend)
 
-    def both() -> None:
-        query, key, value = (t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value))
-        pyramid = build_pyramid(key, value, block=setting.block)
-        out, _ = attend(query, pyramid, inputs.blocks, backend=setting.backend)
-        out.backward(inputs.grad)
+    def both() -> tuple[Tensor, ...]:
+        tensors = [t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
+        pyramid = build_pyramid(*tensors[1:], block=setting.block)
+        out, lse = attend(tensors[0], pyramid, inputs.blocks, backend=setting.backend)
+        return out, lse, *torch.autograd.grad(out, tensors, inputs.grad)
 
     return both if setting.backward else forward
 
@@ -197,15 +197,16 @@ def _paired(rivals: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[f
     return seconds
 
 
-def _peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that tensors made within a call hold at once, by the allocator's own record."""
+def _peak_bytes(call: Callable[[], tuple[Tensor, ...]]) -> int:
+    """The most memory that tensors made within a call hold at once, by the allocator's own record, beyond what it
+    returns: new tensors, each in memory of its own."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+        returned = call()
     held = most = 0
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     memory: list[Any] = [event for event in events if event.name() == "[memory]"]
     for event in sorted(memory, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return most - sum(tensor.untyped_storage().nbytes() for tensor in returned)

@@ -83,7 +83,8 @@ def attend(
         laid |= {"scratch": scratch, "longest": lse.new_empty(size, 2)}
         call, held = _call(ready, pyramid, blocks, scale, group, {**laid, "out": out, "lse": lse})
         run(ctypes.byref(call))
-        del held
+        # Before the next group's are made.
+        del held, laid
 
 
 def backward(
@@ -128,9 +129,12 @@ def backward(
             **{name: held[name].data_ptr() for name in ("result", "grad", "key_columns", "key_sums", "value_sums")},
         )
         run(ctypes.byref(gradient))
+        # What a group needs goes before its sums are copied, and these before the next group's are made.
+        del call, gradient, held, laid
         sums[0] *= scale
-        keys, values = (_rows_of(each, pyramid, padded)[..., :head_dim] for each in sums)
+        keys, values = (_rows_of(sums.pop(0), pyramid, padded)[..., :head_dim] for _ in range(2))
         yield group, keys, values
+        del keys, values
 
 
 def _rows_of(sums: Tensor, pyramid: KVPyramid, padded: int) -> Tensor:

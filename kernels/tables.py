@@ -15,7 +15,7 @@ Group = tuple[range, range]
 """Batch entries and heads that are computed together."""
 
 # Rows laid out at a time: beyond it heads follow one another, so that long sequences need no second copy of K and V.
-TABLE_BYTES = 24 << 20
+TABLE_BYTES = 28 << 20
 # Products of bfloat16 come out rounded to 8 bits; the softmax's sum is had from this many columns of the value product,
 # each holding every 16th row's weight, so that their roundings average out (and 16 more columns cost no time).
 SUM_COLUMNS = 16
@@ -43,7 +43,8 @@ def groups(batch: int, heads: int, head_bytes: int) -> Iterator[Group]:
         for begin in range(0, batch, step):
             yield range(begin, min(batch, begin + step)), range(heads)
         return
-    step = max(1, TABLE_BYTES // head_bytes)
+    # As few groups as fit, and those of like size: a small last one would leave threads idle.
+    step = -(-heads // -(-heads // max(1, TABLE_BYTES // head_bytes)))
     for entry in range(batch):
         for begin in range(0, heads, step):
             yield range(entry, entry + 1), range(begin, min(heads, begin + step))
