@@ -129,8 +129,8 @@ def front(points: Sequence[dict[str, float]], chosen: int | None, picked: int | 
     axes = (
         f"<path d='M{EDGE} {EDGE / 2} V{HEIGHT - EDGE} H{WIDTH - EDGE / 2}' fill='none'"
         " stroke='var(--border-color-primary)'/>"
-        f"<text x='{EDGE}' y='{HEIGHT - EDGE + 18}' {ink}>{duration(low)}</text>"
-        f"<text x='{WIDTH - EDGE}' y='{HEIGHT - EDGE + 18}' text-anchor='end' {ink}>{duration(high)}</text>"
+        f"<text x='{EDGE}' y='{HEIGHT - EDGE + 22}' {ink}>{duration(low)}</text>"
+        f"<text x='{WIDTH - EDGE}' y='{HEIGHT - EDGE + 22}' text-anchor='end' {ink}>{duration(high)}</text>"
         f"<text x='{WIDTH / 2}' y='{HEIGHT - 12}' text-anchor='middle' {ink}>predicted attention of one video</text>"
         f"<text x='{EDGE - 12}' y='{EDGE + 4}' text-anchor='end' {ink}>{top:.2g}</text>"
         f"<text x='{EDGE - 12}' y='{HEIGHT - EDGE + 4}' text-anchor='end' {ink}>0</text>"
