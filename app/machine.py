@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,14 +15,11 @@ EXTRAS = {
 
 
 def versions() -> dict[str, str | None]:
-    """Of Ziggurat, Python and what decides a video; None for what is not installed."""
-    found: dict[str, str | None] = {"ziggurat": None, "python": platform.python_version()}
-    for name in ("ziggurat", "torch", "diffusers", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Of Ziggurat first, then of Python and what decides a video; None for what is not installed."""
+    from ..pipelines.record import surroundings
+
+    found = surroundings()["versions"]
+    return {"ziggurat": found["ziggurat"], **found}
 
 
 def version_lines() -> list[str]:

@@ -208,7 +208,7 @@ class PlanRun:
         return out
 
     def dense_reason(self, layer: int, noise_level: float, step: int) -> str | None:
-        """Why the plan keeps a layer dense at this step, whatever its call holds; None where a list is to be read."""
+        """Why the host runs a layer dense at this step, whatever its call holds; None where this run computes it."""
         if (reason := self.plan.layers[layer].dense) is not None:
             return reason
         if self._dense_layers[layer]:
@@ -217,7 +217,7 @@ class PlanRun:
         return "the schedule says dense" if own.dense_by is None and own.is_dense(noise_level, step) else None
 
     def ran_dense(self, layer: int, rows: float, reason: str) -> None:
-        """Count a call of `rows` (batch x heads x queries x keys) that the host runs dense."""
+        """Count a call of `rows` (batch x heads x queries x keys) that runs dense, by the host or by our own kernel."""
         tally = self._count(layer, rows)
         tally.dense[reason] = tally.dense.get(reason, 0) + 1
 

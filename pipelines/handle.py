@@ -163,12 +163,12 @@ def attach(
 
     `plan` is a Plan, the path of one, or "auto": the plan shipped for the model, of several the one made for the grid
     nearest to `grid` (frames, height, width in latent patches). `backend` is the sparse kernel's (`kernels.attend`);
-    dense steps, dense layers and cross-attention keep the attention backend chosen in diffusers. `timing` measures the
-    seconds spent in attention; on a GPU that synchronises around each call. `max_cache_bytes` is the most memory that
-    the lists and corrections of a guidance branch may take between steps; beyond it they are rebuilt instead of kept.
-    Both transformers of a two-expert pipeline run the plan, unless it names the one that it is for: then the other may
-    be given a plan of its own. Attach before torch.compile, or reset Dynamo afterwards. A plan runs at any size;
-    `summary` tells where that is not the one that it was made for.
+    dense layers, cross-attention and, unless the schedule's `dense_by` is "own", dense steps keep the attention backend
+    chosen in diffusers. `timing` measures the seconds spent in attention; on a GPU that synchronises around each call.
+    `max_cache_bytes` is the most memory that the lists and corrections of a guidance branch may take between steps;
+    beyond it they are rebuilt instead of kept. Both transformers of a two-expert pipeline run the plan, unless it names
+    the one that it is for: then the other may be given a plan of its own. Attach before torch.compile, or reset Dynamo
+    afterwards. A plan runs at any size; `summary` tells where that is not the one that it was made for.
     Raises ValueError where the plan is not for this model, or the pipeline is attached already; then nothing changed.
     """
     transformers = transformers_of(pipe)

@@ -232,12 +232,14 @@ class TransformerRun(RunFigures):
             self.stock_calls[index][outcome] += 1
             if call.query.shape[2] == call.key.shape[2]:
                 self.stock_rows += _rows(call)
-        sparse = isinstance(outcome, Tensor)
+        ours = isinstance(outcome, Tensor)
         out = outcome if isinstance(outcome, Tensor) else stock()
-        if sparse and token_dim == 1:
+        if ours and token_dim == 1:
             out = out.transpose(1, 2)
         if self.steps:
             now = self.steps[-1]
+            # Our own kernel may run steps that the schedule keeps dense.
+            sparse = ours and not self.plan_run.schedule(index).is_dense(now.noise_level, now.step)
             now.sparse_calls += sparse
             now.dense_calls += not sparse
             now.attention_seconds += self._now() - started

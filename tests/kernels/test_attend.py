@@ -88,7 +88,7 @@ def furthest(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products_in_bfloat16_are_as_exact_as_it(case, monkeypatch):
+def test_batched_products_are_as_exact_as_bfloat16(case, monkeypatch):
     """What chips without AMX and compiler run; with AMX the next test takes the fused kernel."""
     monkeypatch.setattr(native_build, "lacking", lambda dtype, device: "left out")
     monkeypatch.setattr(gather, "has_amx", lambda: False)

@@ -231,6 +231,15 @@ def test_scheduled_dense_steps_use_the_chosen_backend(wan, xformers_stub, latent
     assert "dense" in handle.summary()
 
 
+@pytest.mark.parametrize("dense_by", [None, "own"])
+def test_dense_steps_count_as_dense_whoever_runs_them(wan, latents_of, sparse_plan, dense_by):
+    with attach(wan, sparse_plan(schedule=Schedule(dense_first_steps=1, dense_by=dense_by))) as handle:
+        latents_of(wan, steps=2)
+        first, second = handle.steps
+    assert first.sparse_calls == 0 < first.dense_calls
+    assert second.dense_calls == 0 < second.sparse_calls
+
+
 def test_nan_in_the_latents_stops_naming_layer_and_step(wan, latents_of, sparse_plan):
     with attach(wan, sparse_plan()):
         with pytest.raises(ValueError, match=r"layer 0 \(blocks\.0\.attn1\).* at step 1"):
