@@ -137,6 +137,8 @@ class Plan(_Part):
     grid: (frames, height, width) in latent patches that the plan was made for; it runs on any other.
     text_length, guidance: text tokens in the sequence of self-attention and guidance scale where it was made. They bind
         nothing: text is always read whole, and each branch of guidance has dynamic lists of its own.
+    cross_by: who runs cross-attention: None = the host's chosen attention, "own" = this package's kernel, which reads
+        the equal rows that pad a prompt once (`repeats.attend_repeats`); exact but for rounding.
     predicted, measured: finite figures by name (error, seconds, density, ...).
     """
 
@@ -152,6 +154,7 @@ class Plan(_Part):
     text_length: Annotated[int, Field(ge=0)] | None = None
     guidance: float | None = None
     schedule: Schedule = Schedule()
+    cross_by: Literal["own"] | None = None
     predicted: Figures = Field(default_factory=dict)
     measured: Figures = Field(default_factory=dict)
     layers: tuple[LayerPlan, ...] = Field(min_length=1)

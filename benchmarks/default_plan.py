@@ -45,7 +45,11 @@ def main(path: Path | None, folder: Path, out: Path) -> None:
         shipped = find_plan(pipe, (17, 16, 16))
         plan = Plan.load(path) if path else shipped[1] if shipped else sys.exit("no plan is shipped for shapes")
         called = plan.name
-        plans = {"plan": plan, "all_blocks": all_block_plan(shape), "stock": None}
+        plans = {
+            "plan": plan,
+            "all_blocks": all_block_plan(shape).model_copy(update={"cross_by": plan.cross_by}),
+            "stock": None,
+        }
         for size in SIZES:
             captions = max(ROUNDS, CAPTIONS[size] if dtype == DTYPES[0] else 0)
             for number in range(captions):

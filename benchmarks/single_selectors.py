@@ -50,6 +50,7 @@ def plans() -> None:
     for name in ALONE:
         for density in DENSITIES:
             plan = single_plan(name, density, samples, shape, schedule=schedule)
+            plan = plan.model_copy(update={"cross_by": shipped[1].cross_by})
             path = plan.save(PLANS / f"{name}-{density:.0%}.json".replace("%", ""))
             print(path.relative_to(ROOT), plan.predicted)
 

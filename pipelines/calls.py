@@ -34,18 +34,23 @@ class Call:
     share: Share | None = None
     """Under context parallelism: this call is gathered, and holds the heads that the rank was dealt."""
 
-    def beyond_plans(self) -> str:
-        """Why no plan can take this call, whatever its grid; "" where one may."""
+    def beyond_kernels(self) -> str:
+        """Why our kernels can't take this call, its mask aside; "" where they can."""
         if self.unusual:
             return f"{self.unusual} given, which only the chosen attention backend understands"
         if self.causal:
             return "causal attention"
         if self.dropout:
             return "attention with dropout"
-        _, heads, queries, _ = self.query.shape
-        _, key_heads, keys, _ = self.key.shape
-        if self.grouped or key_heads != heads:
+        if self.grouped or self.key.shape[1] != self.query.shape[1]:
             return "grouped-query attention"
+        return ""
+
+    def beyond_plans(self) -> str:
+        """Why no plan can take this call, whatever its grid; "" where one may."""
+        if reason := self.beyond_kernels():
+            return reason
+        queries, keys = self.query.shape[2], self.key.shape[2]
         return "" if keys == queries else f"not self-attention ({queries} queries, {keys} keys)"
 
 

@@ -124,6 +124,8 @@ class Handle:
             prefix = f"{name} " if len(self._runs) > 1 else ""
             if memory := run.describe_memory():
                 lines.append(f"{prefix}{memory}")
+            if run.cross is not None:
+                lines.append(f"{prefix}cross-attention: {run.cross.describe()}")
             lines += [f"{prefix}layer {index} {run.describe(index)}" for index in range(len(run.paths))]
         return "\n".join(lines)
 
@@ -163,12 +165,13 @@ def attach(
 
     `plan` is a Plan, the path of one, or "auto": the plan shipped for the model, of several the one made for the grid
     nearest to `grid` (frames, height, width in latent patches). `backend` is the sparse kernel's (`kernels.attend`);
-    dense layers, cross-attention and, unless the schedule's `dense_by` is "own", dense steps keep the attention backend
-    chosen in diffusers. `timing` measures the seconds spent in attention; on a GPU that synchronises around each call.
-    `max_cache_bytes` is the most memory that the lists and corrections of a guidance branch may take between steps;
-    beyond it they are rebuilt instead of kept. Both transformers of a two-expert pipeline run the plan, unless it names
-    the one that it is for: then the other may be given a plan of its own. Attach before torch.compile, or reset Dynamo
-    afterwards. A plan runs at any size; `summary` tells where that is not the one that it was made for.
+    dense layers keep the attention backend chosen in diffusers, and so do dense steps and cross-attention unless the
+    plan says "own" (`dense_by` in its schedule, `cross_by`). `timing` measures the seconds spent in attention; on a GPU
+    that synchronises around each call. `max_cache_bytes` is the most memory that the lists and corrections of a
+    guidance branch may take between steps; beyond it they are rebuilt instead of kept. Both transformers of a
+    two-expert pipeline run the plan, unless it names the one that it is for: then the other may be given a plan of its
+    own. Attach before torch.compile, or reset Dynamo afterwards. A plan runs at any size; `summary` tells where that is
+    not the one that it was made for.
     Raises ValueError where the plan is not for this model, or the pipeline is attached already; then nothing changed.
     """
     transformers = transformers_of(pipe)

@@ -18,6 +18,7 @@ from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from .calls import Call
 from .clock import RunClock, wrap_method
+from .cross import CrossRun
 from .figures import RunFigures, StepRecord
 from .hook import SLOT_ATTRIBUTE, Gates, clear_slot
 from .masks import key_log_weight, with_exact_text
@@ -59,6 +60,7 @@ class TransformerRun(RunFigures):
         self._suspects: list[tuple[int, Tensor]] = []
         self._entered = 0.0
         self._gates = Gates(self, [modules[path] for path in self.paths])
+        self.cross = CrossRun(transformer, row, backend=plan_run.backend) if plan.cross_by == "own" else None
         disable: Any = torch.compiler.disable
         self._hooks = [
             transformer.register_forward_pre_hook(disable(self._enter), with_kwargs=True),
@@ -74,6 +76,8 @@ class TransformerRun(RunFigures):
         for hook in self._hooks:
             hook.remove()
         self._gates.remove()
+        if self.cross is not None:
+            self.cross.remove()
         if self._unwrap is not None:
             self._unwrap()
 
@@ -95,6 +99,8 @@ class TransformerRun(RunFigures):
         context = self._context or {}
         self.clock.follow()
         self._gates.follow()
+        if self.cross is not None:
+            self.cross.follow()
         train = self.clock.num_train_timesteps
         noise_level = self.clock.noise_level(self.row.noise_level(arguments[self.row.timestep], train))
         timestep = noise_level * train
@@ -114,6 +120,8 @@ class TransformerRun(RunFigures):
         self._run = self.clock.run
         self.plan_run.begin(self.clock.noise_levels or None)
         self.clear()
+        if self.cross is not None:
+            self.cross.clear()
         self._texts.clear()
 
     def _branch_of(self, text: Any) -> str:

@@ -73,6 +73,7 @@ def compose(found: Findings, point: int) -> Plan:
         text_length=found.text_length,
         guidance=found.guidance,
         schedule=found.schedule,
+        cross_by=found.cross_by,
         predicted=predicted,
         measured=measured,
         layers=tuple(layer_plan(picks, found.candidates) for picks in chosen.picks),

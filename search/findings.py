@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -135,6 +135,7 @@ class Findings(Record):
     measured_steps: list[int] = [0]
     sampled_rows: int
     schedule: Schedule
+    cross_by: Literal["own"] | None = None
     candidates: list[Candidate]
     errors: PerChoice
     recalls: PerChoice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from .cost import Cost
 from .findings import Record
@@ -13,14 +14,21 @@ MEASURED = "measured.json"
 
 
 class Measured(Record):
-    """sensitivities: of each layer. cost: of this device."""
+    """sensitivities: of each layer. cost: of this device. cross_by: see `attention.plan.Plan`."""
 
     sensitivities: list[float]
     cost: Cost
+    cross_by: Literal["own"] | None = None
 
     @classmethod
     def of(
-        cls, path: Path, *, resume: bool, sensitivities: Callable[[], list[float]], cost: Callable[[], Cost]
+        cls,
+        path: Path,
+        *,
+        resume: bool,
+        sensitivities: Callable[[], list[float]],
+        cost: Callable[[], Cost],
+        cross_by: Callable[[], Literal["own"] | None],
     ) -> Measured:
         """What `path` holds where a search resumes; else measured, and written there.
 
@@ -28,7 +36,7 @@ class Measured(Record):
         """
         if resume and path.is_file():
             return cls.model_validate_json(path.read_bytes())
-        found = cls(sensitivities=sensitivities(), cost=cost())
+        found = cls(sensitivities=sensitivities(), cost=cost(), cross_by=cross_by())
         part = path.with_name(f".{path.name}.part")
         part.write_text(found.model_dump_json() + "\n")
         os.replace(part, path)

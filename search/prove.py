@@ -37,7 +37,8 @@ class Prover:
         made: dict[str, Generation] = {}
         transformers = transformers_of(self.pipe)
         shape = model_shape(transformers[self.expert or next(iter(transformers))])
-        own = all_block_plan(shape).model_copy(update={"expert": self.expert})
+        # With the plan's cross-attention: what its lists gain, and nothing else, is to be seen.
+        own = all_block_plan(shape).model_copy(update={"expert": self.expert, "cross_by": plan.cross_by})
         for number, prompt in enumerate(self.prompts):
             # One after another for each prompt, so that a slow moment of the machine falls on all three.
             if prompt not in self._stock:

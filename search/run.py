@@ -17,6 +17,7 @@ from ..pipelines.settings import model_settings
 from .candidates import default_candidates, load_candidates, with_dense
 from .captured import capture_scores
 from .cost import measure
+from .cross import cross_by
 from .findings import PLAN, Candidate, Findings, Point, Proof
 from .measured import MEASURED, Measured
 from .pictures import draw_all
@@ -172,6 +173,7 @@ def search(
             device=next(transformer.parameters()).device,
             report=lambda done, total: report("cost", done, total),
         ),
+        cross_by=lambda: cross_by(transformer, captured.forwards),
     )
     moved, cost = measured.sensitivities, measured.cost
     found = Findings(
@@ -191,6 +193,7 @@ def search(
         noise_levels=[captured.noise_levels[step] for step in captured.measured],
         sampled_rows=min(score.rows for score in captured.scores),
         schedule=schedule.model_copy(update={"dense_by": "own"}) if cost.dense < cost.stock else schedule,
+        cross_by=measured.cross_by,
         candidates=tried,
         **gathered(captured.scores, shape.layers, moved, quantile),  # type: ignore[arg-type]
         sensitivities=moved,

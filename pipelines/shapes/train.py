@@ -46,12 +46,12 @@ DECODER = VaeStage(
 STAGES = (
     FlowStage(name="tiny", steps=1000, grids=((1.0, TINY),)),
     FlowStage(name="middle", steps=750, grids=((0.85, MIDDLE), (0.15, TINY))),
-    FlowStage(name="wide", steps=4500, grids=((0.4, PART), (0.4, SHORT), (0.2, STILL))),
+    FlowStage(name="wide", steps=6000, grids=((0.4, PART), (0.4, SHORT), (0.2, STILL))),
     FlowStage(
         name="full",
-        steps=4400,
-        grids=((0.06, FULL), (0.2, LONG), (0.2, MEDIUM), (0.22, SHORT), (0.12, STILL), (0.2, PART)),
-        cooldown=1800,
+        steps=8000,
+        grids=((0.14, FULL), (0.14, LONG), (0.2, MEDIUM), (0.2, SHORT), (0.16, STILL), (0.16, PART)),
+        cooldown=3000,
     ),
 )
 

@@ -1,8 +1,6 @@
 """The later stages of training: transformer and text encoder, by flow matching on the VAE's latents."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,20 +9,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from ...kernels.fused import has_amx
 from .data import draw_clips
 from .guide import FEATURES, describe
 from .muon import StackedMuon
+from .train_attention import batched_attention, padding_log_weight
 from .train_vae import Report, channels_last
 
-TEXT_ROWS = 512  # what WanPipeline pads every prompt to
-FUSED_ROWS = 2048
 GUIDE_SHARE = 0.5
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
@@ -90,39 +85,27 @@ class Student(nn.Module):
         self._middle = out
 
 
-def padding_log_weight(mask: Tensor) -> Tensor:
-    """Logits [B, 1, rows] by which few padding rows weigh like the 512 − length equal ones of the pipeline."""
-    length = mask.sum(1, keepdim=True)
-    weight = ((TEXT_ROWS - length) / (mask.shape[1] - length).clamp(min=1)).log()
-    return torch.where(mask.bool(), 0.0, weight)[:, None]
+class Difficulty:
+    """The running mean of the loss at each noise level of one grid.
 
+    At the highest levels, where nobody could tell where an object will be, the loss is ten times that of the levels
+    that draw its outline, and its scatter would drown what those have to teach. Dividing by the mean lets every level
+    pull alike, as EDM2 (arXiv 2312.02696) does with a learned curve.
+    """
 
-@contextmanager
-def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
-    """Within it, Wan's attention is two batched products around a softmax. A CPU's fused kernel has a backward that
-    pays only with AMX, where the scores no longer fit into the cache; elsewhere it takes twice as long."""
+    def __init__(self, shift: float, bins: int = 12):
+        self.shift = shift
+        self.mean, self.seen = torch.ones(bins), torch.zeros(bins)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        batch, rows, heads, dim = query.shape
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        if key.shape[1] == text_log_weight.shape[2]:
-            bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
-            scores = torch.baddbmm(bias, q * dim**-0.5, k.transpose(1, 2))
-        elif rows >= FUSED_ROWS and has_amx():
-            fused = nn.functional.scaled_dot_product_attention(q, k, v)
-            return fused.view(batch, heads, rows, dim).transpose(1, 2)
-        else:
-            scores = torch.bmm(q * dim**-0.5, k.transpose(1, 2))
-        out = torch.bmm(scores.softmax(-1), v)
-        return out.view(batch, heads, rows, dim).transpose(1, 2)
-
-    host: Any = transformer_wan
-    stock = host.dispatch_attention_fn
-    host.dispatch_attention_fn = attention
-    try:
-        yield
-    finally:
-        host.dispatch_attention_fn = stock
+    def weigh(self, level: Tensor, loss: Tensor) -> Tensor:
+        """Weights [B] of samples with noise levels and losses [B], of mean about one; takes note of the losses."""
+        place = level / (self.shift - (self.shift - 1) * level)  # in which a grid's usual levels lie evenly
+        bins = (place * len(self.mean)).long().clamp(0, len(self.mean) - 1)
+        for index, value in zip(bins.tolist(), loss.tolist(), strict=True):
+            self.seen[index] += 1
+            self.mean[index] += (value - self.mean[index]) * max(1 / self.seen[index].item(), 0.03)
+        known = self.mean[self.seen > 0]
+        return known.mean() / self.mean[bins]
 
 
 def draw_noise_levels(count: int, grid: Grid, generator: torch.Generator) -> Tensor:
@@ -142,6 +125,7 @@ class LatentPool:
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.clips: list[tuple[Tensor, str, Tensor]] = []
+        self.difficulty = Difficulty(grid.shift)
 
     def draw(self, random: Random) -> tuple[Tensor, list[str], Tensor]:
         """Normalised latents [batch, C, F, H, W], their captions, and what their tokens should know."""
@@ -158,7 +142,7 @@ class LatentPool:
         size = (grid.frames, grid.size, grid.size)
         clips = draw_clips(random, count, *size, two_share=grid.two_share, span=grid.span, crop=grid.crop)
         with torch.no_grad():
-            latents = self.vae.encode(clips.pixels.to(self.vae.device)).latent_dist.sample().float().cpu()
+            latents = self.vae.encode(clips.pixels.to(self.vae.device)).latent_dist.mode().float().cpu()
         return list(zip((latents - self.mean) / self.deviation, clips.captions, describe(clips), strict=True))
 
 
@@ -200,8 +184,8 @@ def train_flow(
                     group["lr"] = factor * learning_rate(stage, step - before, step)
             random = Random(f"flow {seed} {step}")
             pool = random.choices(pools, shares)[0]
-            loss, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
-            accelerator.backward(loss + GUIDE_SHARE * guide_loss)
+            each, weight, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
+            accelerator.backward((weight * each).mean() + GUIDE_SHARE * guide_loss)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in (muon, adam):
                 optimizer.step()
@@ -209,7 +193,7 @@ def train_flow(
             average.step(student.parameters())
             progress.step += 1
             progress.clips += pool.grid.batch
-            figures = {f"loss {pool.grid.frames}x{pool.grid.crop or pool.grid.size}": loss.item()}
+            figures = {f"loss {pool.grid.frames}x{pool.grid.crop or pool.grid.size}": each.mean().item()}
             figures |= {"guide": guide_loss.item(), "top": top_loss}
             report(stage.name, progress.step, total, figures)
             if progress.step % stage.save_every == 0 or progress.step == before + stage.steps:
@@ -247,9 +231,9 @@ def split_parameters(student: Student) -> tuple[list[nn.Parameter], list[nn.Para
 
 def flow_loss(
     student: nn.Module, pool: LatentPool, tokenizer: PreTrainedTokenizerFast, random: Random, accelerator: Accelerator
-) -> tuple[Tensor, Tensor, float]:
-    """The squared errors of the predicted velocity and of what the middle knows on one batch, and the first above
-    noise level 0.94."""
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The squared errors of the predicted velocity on one batch, [B], their weights, [B], the error of what the middle
+    knows, and the mean of the first above noise level 0.94."""
     with accelerator.autocast():
         clean, captions, known = pool.draw(random)
     captions = ["" if random.random() < 0.1 else caption for caption in captions]
@@ -266,6 +250,7 @@ def flow_loss(
     with accelerator.autocast():
         velocity, guess = student(noisy, timestep, ids, mask)
     each = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
+    weight = pool.difficulty.weigh(level, each.detach().cpu()).to(each.device)
     top = each.detach()[(level > 0.94).to(each.device)]
     guide_loss = (guess - known.flatten(2).mT).square().mean()
-    return each.mean(), guide_loss, top.mean().item() if len(top) else math.nan
+    return each, weight, guide_loss, top.mean().item() if len(top) else math.nan

@@ -33,7 +33,9 @@ from ziggurat.pipelines.shapes.scenes import (
     unknown_words,
 )
 from ziggurat.pipelines.shapes.train import TINY
+from ziggurat.pipelines.shapes.train_attention import LISTED_ROWS, batched_attention
 from ziggurat.pipelines.shapes.train_flow import (
+    Difficulty,
     FlowStage,
     Grid,
     LatentPool,
@@ -209,8 +211,41 @@ def test_the_flow_learns_resumes_and_ends_with_averages(tmp_path: Path, student:
     assert seen == [1, 2, 3, 4, 5, 6]
     moved = [not torch.equal(old, new) for old, new in zip(before, trained.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
-    losses = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
-    assert all(torch.isfinite(loss) for loss in losses[:2])
+    each, weight, guide_loss, _ = flow_loss(trained, LatentPool(grid, vae), tokenizer, Random(0), Accelerator(cpu=True))
+    assert each.shape == weight.shape == (grid.batch,)
+    assert torch.isfinite(each).all()
+    assert torch.isfinite(guide_loss)
+
+
+def test_every_noise_level_comes_to_weigh_alike():
+    """Where the loss is a hundred times larger at the top, weighted losses there are no larger than below."""
+    difficulty, generator = Difficulty(shift=5.0), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        level = torch.rand(8, generator=generator)
+        loss = torch.where(level > 0.9, 1.0, 0.01) * (0.5 + torch.rand(8, generator=generator))
+        difficulty.weigh(level, loss)
+    level = torch.tensor([0.1, 0.5, 0.8, 0.95, 0.99])
+    mean = torch.where(level > 0.9, 1.0, 0.01)
+    weighted = difficulty.weigh(level, mean) * mean
+    assert weighted.max() < 1.6 * weighted.min()
+
+
+@pytest.mark.parametrize("rows", [40, LISTED_ROWS + 5])
+def test_self_attention_in_training_is_attention(rows: int):
+    import diffusers.models.transformers.transformer_wan as module
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, rows, 2, 32, generator=generator, requires_grad=True) for _ in range(3))
+    stock = module.dispatch_attention_fn
+    with batched_attention(torch.zeros(1, 1, 24)):
+        own = module.dispatch_attention_fn(query, key, value)
+    assert module.dispatch_attention_fn is stock
+    exact = stock(query, key, value)
+    torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-5)
+    given = torch.randn(own.shape, generator=generator)
+    grads = [torch.autograd.grad(out, (query, key, value), given) for out in (own, exact)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_stacked_muon_is_muon():
