@@ -27,7 +27,7 @@ def cross_by(transformer: nn.Module, forwards: Sequence[Forward]) -> Literal["ow
     row = row_of(transformer)
     if not forwards or not cross_modules(transformer, row):
         return None
-    stock, own = [], []
+    stock, own, calls = [], [], 0
     _seconds(transformer, forwards[0])
     for _ in range(RUNS):
         stock.append(_seconds(transformer, forwards[0]))
@@ -36,7 +36,8 @@ def cross_by(transformer: nn.Module, forwards: Sequence[Forward]) -> Literal["ow
             own.append(_seconds(transformer, forwards[0]))
         finally:
             run.remove()
-    return "own" if run.calls and statistics.median(own) < WORTH * statistics.median(stock) else None
+        calls += run.calls
+    return "own" if calls and statistics.median(own) < WORTH * statistics.median(stock) else None
 
 
 def _seconds(transformer: Any, forward: Forward) -> float:

@@ -28,6 +28,17 @@ def padding_log_weight(mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), 0.0, weight)[:, None]
 
 
+def _attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of every token to every token, [B, N, H, D], by our own kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    blocks = all_blocks(identity_rows(q.shape[2], TILE).to(q.device), BLOCK)
+    return attend(q, build_pyramid(k, v, block=BLOCK), blocks)[0].transpose(1, 2)
+
+
+# A compiled graph breaks here: our kernel runs as it is.
+_uncompiled: Any = torch.compiler.disable(_attend_all)
+
+
 @contextmanager
 def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
     """Within it, Wan's attention is two batched products around a softmax, and over long clips our own kernel with
@@ -36,7 +47,7 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         batch, rows, heads, dim = query.shape
         if rows >= LISTED_ROWS and key.shape[1] == rows:
-            return _attend_all(query.to(value.dtype), key.to(value.dtype), value)
+            return _uncompiled(query.to(value.dtype), key.to(value.dtype), value)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if key.shape[1] == text_log_weight.shape[2]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)
@@ -53,11 +64,3 @@ def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
         yield
     finally:
         host.dispatch_attention_fn = stock
-
-
-@torch.compiler.disable
-def _attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token to every token, [B, N, H, D], by our own kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    blocks = all_blocks(identity_rows(q.shape[2], TILE).to(q.device), BLOCK)
-    return attend(q, build_pyramid(k, v, block=BLOCK), blocks)[0].transpose(1, 2)

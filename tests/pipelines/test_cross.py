@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_wan
 
 from ziggurat.pipelines import attach
 from ziggurat.pipelines.cross import CrossRun
@@ -28,16 +30,14 @@ def test_latents_are_those_of_stock_attention_and_padding_is_read_once(wan, late
 
 
 def test_the_chosen_backend_is_not_asked(wan, latents_of, sparse_plan, monkeypatch):
-    import diffusers.models.transformers.transformer_wan as module
-
     asked: list[int] = []
-    stock = module.dispatch_attention_fn
+    stock = dispatch_attention_fn
 
     def counted(query, key, value, **options):
         asked.append(key.shape[1])
         return stock(query, key, value, **options)
 
-    monkeypatch.setattr(module, "dispatch_attention_fn", counted)
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", counted)
     with attach(wan, sparse_plan().model_copy(update={"cross_by": "own"})) as handle:
         latents_of(wan)
     assert asked == []

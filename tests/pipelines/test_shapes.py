@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.transformers import transformer_wan
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from ziggurat.pipelines.shapes.build import (
@@ -232,8 +233,7 @@ def test_every_noise_level_comes_to_weigh_alike():
 
 @pytest.mark.parametrize("rows", [40, LISTED_ROWS + 5])
 def test_self_attention_in_training_is_attention(rows: int):
-    import diffusers.models.transformers.transformer_wan as module
-
+    module: Any = transformer_wan
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, rows, 2, 32, generator=generator, requires_grad=True) for _ in range(3))
     stock = module.dispatch_attention_fn
