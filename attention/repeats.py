@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..kernels.attend import attend
 from ..kernels.blocklist import identity_rows
 from ..kernels.listops import all_blocks
-from ..kernels.pyramid import build_pyramid
+from ..kernels.pyramid import KVPyramid, build_pyramid
 
 TILE = 128
 
@@ -50,7 +51,11 @@ def attend_repeats(
     weight = torch.zeros(1, 1, rows, device=key.device)
     weight[..., -1] = math.log(repeated)
     block = 16 if rows < 64 else 64
-    pyramid = build_pyramid(key[:, :, :rows], value[:, :, :rows], block=block, key_log_weight=weight)
-    blocks = all_blocks(identity_rows(query.shape[2], TILE), block).to(query.device)
-    out, _ = attend(query, pyramid, blocks, scale=scale, backend=backend, compute_dtype=compute_dtype)
-    return out, rows
+    read = build_pyramid(key[:, :, :rows], value[:, :, :rows], block=block, key_log_weight=weight)
+    return attend_all(query, read, scale=scale, backend=backend, compute_dtype=compute_dtype), rows
+
+
+def attend_all(query: Tensor, pyramid: KVPyramid, **options: Any) -> Tensor:
+    """Attention [B, H, Nq, D] of every query to all of a pyramid's level 0; options: see `kernels.attend.attend`."""
+    blocks = all_blocks(identity_rows(query.shape[2], TILE), pyramid.block).to(query.device)
+    return attend(query, pyramid, blocks, **options)[0]

@@ -10,15 +10,13 @@ import torch
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from ...kernels.attend import attend
-from ...kernels.blocklist import identity_rows
-from ...kernels.listops import all_blocks
+from ...attention.repeats import attend_all
 from ...kernels.pyramid import build_pyramid
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
 LISTED_ROWS = 1024
 """From here on our kernel's forward and backward are faster than products of whole score matrices."""
-TILE, BLOCK = 128, 64
+BLOCK = 64
 
 
 def padding_log_weight(mask: Tensor) -> Tensor:
@@ -31,8 +29,7 @@ def padding_log_weight(mask: Tensor) -> Tensor:
 def _attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of every token to every token, [B, N, H, D], by our own kernel."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    blocks = all_blocks(identity_rows(q.shape[2], TILE).to(q.device), BLOCK)
-    return attend(q, build_pyramid(k, v, block=BLOCK), blocks)[0].transpose(1, 2)
+    return attend_all(q, build_pyramid(k, v, block=BLOCK)).transpose(1, 2)
 
 
 # A compiled graph breaks here: our kernel runs as it is.
