@@ -17,6 +17,9 @@ def evaluate(
     captions: Annotated[int, typer.Option(min=1, help="How many held-out captions.")] = 400,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's own")] = None,
+    dense_by: Annotated[
+        str, typer.Option(help="Who runs the dense videos: stock attention, or own: our kernel, all blocks, faster.")
+    ] = "stock",
     floors: Annotated[int, typer.Option(min=0, help="Captions whose floors of PSNR and SSIM are measured.")] = 8,
     card: Annotated[bool, typer.Option("--card", help="Write the score into the model's README.md.")] = False,
     cache: Annotated[Path, typer.Option(help="Finished videos; the same folder resumes.")] = Path("runs/evaluate"),
@@ -34,6 +37,8 @@ def evaluate(
     from ..pipelines.shapes import evaluate as evaluating
     from ..pipelines.shapes.card import write_score
 
+    if dense_by not in ("stock", "own"):
+        raise ValueError(f"--dense-by must be stock or own, got {dense_by!r}")
     folder = find_model(model)
     if card and folder is None:
         raise ValueError(f"--card writes into the model's folder, and {model} is a Hub id: give a folder")
@@ -43,7 +48,15 @@ def evaluate(
     labels = {"dense": "dense", "plan": "under the plan", "floors": "floors"}
     with progress_bars(labels) as report:
         result = evaluating.evaluate(
-            pipe, plan, captions=captions, steps=steps, guidance=guidance, floors=floors, cache=cache, report=report
+            pipe,
+            plan,
+            captions=captions,
+            steps=steps,
+            guidance=guidance,
+            dense_by=dense_by,
+            floors=floors,
+            cache=cache,
+            report=report,
         )
     for line in summary(result):
         print(line)

@@ -24,6 +24,9 @@ def shapes(
     out: Annotated[Path, typer.Option(help="The diffusers folder to write.")] = Path("runs/shapes/model"),
     run: Annotated[Path, typer.Option(help="Where states are kept; the same folder resumes.")] = Path("runs/shapes"),
     start: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.", show_default=False)] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan of the checkpoint, for the stage that trains under it.")
+    ] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each stage.", show_default="its own")] = None,
     precision: Annotated[str, typer.Option(help="bf16 or no.")] = "bf16",
@@ -35,12 +38,14 @@ def shapes(
 
     Example: ziggurat train shapes --out runs/shapes/model --run runs/shapes
     """
+    from ..attention.plan import Plan
     from ..pipelines.shapes.train import train
 
     train(
         out,
         run=run,
         start=start,
+        plan=None if plan is None else Plan.load(plan),
         stages=stage or (),
         steps=steps,
         mixed_precision=precision,

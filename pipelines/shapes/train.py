@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ...attention.plan import Plan
 from .build import build_scheduler, build_text_encoder, build_tokenizer, build_transformer, build_vae
 from .card import card
 from .train_flow import FlowStage, Grid, Student, train_flow
@@ -53,6 +54,14 @@ STAGES = (
         grids=((0.14, FULL), (0.14, LONG), (0.2, MEDIUM), (0.2, SHORT), (0.16, STILL), (0.16, PART)),
         cooldown=3000,
     ),
+    FlowStage(
+        name="planned",
+        steps=3400,
+        grids=((0.3, FULL), (0.2, LONG), (0.2, MEDIUM), (0.1, SHORT), (0.1, STILL), (0.1, PART)),
+        learning_rate=1.2e-3,
+        cooldown=3400,
+        plan_share=0.6,
+    ),
 )
 
 
@@ -61,6 +70,7 @@ def train(
     *,
     run: Path,
     start: Path | None = None,
+    plan: Plan | None = None,
     stages: Sequence[str] = (),
     steps: int | None = None,
     mixed_precision: str = "bf16",
@@ -73,19 +83,23 @@ def train(
         out: the diffusers folder to write; it appears whole or not at all.
         run: where states are kept while training; the same folder resumes.
         start: a checkpoint to go on from instead of fresh weights; its VAE is kept as it is.
-        stages: names of the flow stages to run, all by default.
+        plan: the plan that the stage `planned` trains under: a checkpoint of the other stages has to be there for a
+            search to find one.
+        stages: names of the flow stages to run; by default all, without a plan all but `planned`.
         steps: steps of each chosen flow stage in place of its own number.
         mixed_precision: accelerate's setting, `"bf16"` or `"no"`.
         compiled: compile the transformer's blocks, a minute for each size of clip, for steps a third shorter.
         seed: the source of everything random.
 
     Raises:
-        ValueError: a stage is not one of those there are.
+        ValueError: a stage is not one of those there are, or needs a plan that is missing or fits another model.
     """
     names = [stage.name for stage in STAGES]
     if unknown := [name for name in stages if name not in names]:
         raise ValueError(f"stages must be among {', '.join(names)}, got {', '.join(unknown)}")
-    chosen = tuple(stage for stage in STAGES if not stages or stage.name in stages)
+    chosen = tuple(stage for stage in STAGES if (stage.name in stages if stages else plan or not stage.plan_share))
+    if plan is None and any(stage.plan_share for stage in chosen):
+        raise ValueError("stage planned needs the plan to train under, got none: search for one, and give it as plan")
     if steps is not None:
         chosen = tuple(replace(stage, steps=steps, cooldown=min(stage.cooldown, steps)) for stage in chosen)
     run.mkdir(parents=True, exist_ok=True)
@@ -94,11 +108,11 @@ def train(
     tokenizer: Any = build_tokenizer()
     with _progress() as report:
         if start is None:
+            student = Student(build_text_encoder(tokenizer), build_transformer(), plan)
             vae = _trained_vae(run, accelerator, report, seed)
-            student = Student(build_text_encoder(tokenizer), build_transformer())
         else:
             pipe = WanPipeline.from_pretrained(str(start))
-            vae, student = pipe.vae, Student(pipe.text_encoder, pipe.transformer)
+            vae, student = pipe.vae, Student(pipe.text_encoder, pipe.transformer, plan)
         train_flow(student, vae, tokenizer, chosen, run, accelerator, report, seed, compiled)
     pipe = WanPipeline(
         tokenizer=tokenizer,

@@ -10,7 +10,10 @@ import torch
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
+from ...attention.grid import TokenGrid
+from ...attention.plan import Plan
 from ...attention.repeats import attend_all
+from ...attention.run import PlanRun
 from ...kernels.pyramid import build_pyramid
 
 TEXT_ROWS = 512  # what WanPipeline pads every prompt to
@@ -26,25 +29,50 @@ def padding_log_weight(mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), 0.0, weight)[:, None]
 
 
-def _attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token to every token, [B, N, H, D], by our own kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attend_all(q, build_pyramid(k, v, block=BLOCK)).transpose(1, 2)
+class LongAttention:
+    """Self-attention over long clips by our own kernel: all blocks, or by a plan in the steps that `begin` gives one.
 
+    A model that has met its plan in training keeps to what the plan leaves it, as in VSA (arXiv 2505.13389).
+    """
 
-# A compiled graph breaks here: our kernel runs as it is.
-_uncompiled: Any = torch.compiler.disable(_attend_all)
+    def __init__(self, plan: Plan | None = None):
+        self._run = PlanRun(plan) if plan is not None else None
+        self.begin(None, 1.0)
+
+    def begin(self, grid: tuple[int, int, int] | None, noise_level: float) -> None:
+        """A forward is to come. grid: of a clip that is to run by the plan; None = all blocks."""
+        if grid is not None and self._run is None:
+            raise ValueError("a grid was given but no plan: give LongAttention the plan to train under")
+        self._grid = None if grid is None else TokenGrid.video(*grid)
+        self._noise_level = noise_level
+        self._layer = 0
+        if self._run is not None:
+            self._run.begin()
+
+    # A compiled graph breaks here: our kernel runs as it is.
+    @torch.compiler.disable
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the next layer, [B, N, H, D]."""
+        q, k, v = (x.transpose(1, 2) for x in (query.to(value.dtype), key.to(value.dtype), value))
+        layer, self._layer = self._layer, self._layer + 1
+        out = None
+        if self._run is not None and self._grid is not None:
+            level = self._noise_level
+            out = self._run.attend_layer(q, k, v, layer=layer, noise_level=level, step=0, grid=self._grid)
+        if out is None:
+            out = attend_all(q, build_pyramid(k, v, block=BLOCK))
+        return out.transpose(1, 2)
 
 
 @contextmanager
-def batched_attention(text_log_weight: Tensor) -> Iterator[None]:
-    """Within it, Wan's attention is two batched products around a softmax, and over long clips our own kernel with
-    all blocks: stock attention's backward alone is half of a training step on a CPU."""
+def batched_attention(text_log_weight: Tensor, long: LongAttention) -> Iterator[None]:
+    """Within it, Wan's attention is two batched products around a softmax, and over long clips `long`: stock
+    attention's backward alone is half of a training step on a CPU."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         batch, rows, heads, dim = query.shape
         if rows >= LISTED_ROWS and key.shape[1] == rows:
-            return _uncompiled(query.to(value.dtype), key.to(value.dtype), value)
+            return long(query, key, value)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if key.shape[1] == text_log_weight.shape[2]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)

@@ -1,7 +1,7 @@
 """The later stages of training: transformer and text encoder, by flow matching on the VAE's latents."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,13 +14,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from ...attention.plan import Plan
+from ..plans import model_shape
 from .data import draw_clips
 from .guide import FEATURES, describe
 from .muon import StackedMuon
-from .train_attention import batched_attention, padding_log_weight
+from .train_attention import LISTED_ROWS, LongAttention, batched_attention, padding_log_weight
 from .train_vae import Report, channels_last
 
 GUIDE_SHARE = 0.5
+FOLLOW_SHARE = 4.0
+"""How much the distance from dense attention counts in steps under a plan."""
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
 
@@ -46,7 +50,10 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowStage:
-    """`steps` optimizer steps over a mix of grids, each step on one grid drawn by its share."""
+    """`steps` optimizer steps over a mix of grids, each step on one grid drawn by its share.
+
+    Of the steps on long clips, `plan_share` run by the plan to train under, the others dense.
+    """
 
     name: str
     steps: int
@@ -54,28 +61,38 @@ class FlowStage:
     learning_rate: float = 2e-3
     cooldown: int = 0
     save_every: int = 250
+    plan_share: float = 0.0
 
 
 class Student(nn.Module):
     """Text encoder and transformer, trained together, and what the transformer's middle is asked for on the way."""
 
-    def __init__(self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel):
+    def __init__(
+        self, text_encoder: UMT5EncoderModel, transformer: WanTransformer3DModel, plan: Plan | None = None
+    ) -> None:
         super().__init__()
+        if plan is not None:
+            plan.check(**asdict(model_shape(transformer)))
         self.text_encoder, self.transformer = text_encoder, transformer
         config: Any = transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         self.guide = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FEATURES))
+        self._long = LongAttention(plan)
         self._middle = torch.empty(0)
         blocks = transformer.blocks
         blocks[(len(blocks) - 1) // 2].register_forward_hook(self._keep)
 
-    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor, planned: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The velocity that leads from data to noise, [B, C, F, H, W], for token ids and mask [B, rows], and what the
-        middle layer knows of the scene, [B, tokens, FEATURES], as `guide.describe`."""
+        middle layer knows of the scene, [B, tokens, FEATURES], as `guide.describe`. planned: run by the plan, as at
+        the highest of the noise levels."""
         text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         # The pipeline zeroes what lies behind the prompt and pads with zeros to 512 rows.
         text = torch.where(mask.bool()[..., None], text, 0)
-        with batched_attention(padding_log_weight(mask)):
+        self._long.begin(patches(noisy) if planned else None, timestep.max().item() / 1000)
+        with batched_attention(padding_log_weight(mask), self._long):
             velocity = self.transformer(
                 hidden_states=noisy, timestep=timestep, encoder_hidden_states=text, return_dict=False
             )[0]
@@ -106,6 +123,12 @@ class Difficulty:
             self.mean[index] += (value - self.mean[index]) * max(1 / self.seen[index].item(), 0.03)
         known = self.mean[self.seen > 0]
         return known.mean() / self.mean[bins]
+
+
+def patches(latents: Tensor) -> tuple[int, int, int]:
+    """Frames, height and width of the transformer's tokens for latents [B, C, F, H, W]."""
+    frames, height, width = latents.shape[2:]
+    return frames, height // 2, width // 2
 
 
 def draw_noise_levels(count: int, grid: Grid, generator: torch.Generator) -> Tensor:
@@ -184,7 +207,8 @@ def train_flow(
                     group["lr"] = factor * learning_rate(stage, step - before, step)
             random = Random(f"flow {seed} {step}")
             pool = random.choices(pools, shares)[0]
-            each, weight, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator)
+            planned = random.random() < stage.plan_share
+            each, weight, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator, planned)
             accelerator.backward((weight * each).mean() + GUIDE_SHARE * guide_loss)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in (muon, adam):
@@ -230,10 +254,17 @@ def split_parameters(student: Student) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def flow_loss(
-    student: nn.Module, pool: LatentPool, tokenizer: PreTrainedTokenizerFast, random: Random, accelerator: Accelerator
+    student: nn.Module,
+    pool: LatentPool,
+    tokenizer: PreTrainedTokenizerFast,
+    random: Random,
+    accelerator: Accelerator,
+    planned: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """The squared errors of the predicted velocity on one batch, [B], their weights, [B], the error of what the middle
-    knows, and the mean of the first above noise level 0.94."""
+    knows, and the mean of the first above noise level 0.94.
+
+    planned: a long clip runs by the plan, and what dense attention says counts as an error too."""
     with accelerator.autocast():
         clean, captions, known = pool.draw(random)
     captions = ["" if random.random() < 0.1 else caption for caption in captions]
@@ -247,9 +278,14 @@ def flow_loss(
         x.to(accelerator.device)
         for x in (clean, known, noise, clean * (1 - mix) + noise * mix, ids, mask, level * 1000)
     )
+    planned = planned and math.prod(patches(noisy)) >= LISTED_ROWS
     with accelerator.autocast():
-        velocity, guess = student(noisy, timestep, ids, mask)
+        # Not under no_grad: what is compiled for training would be compiled once more.
+        dense = student(noisy, timestep, ids, mask)[0].detach().float() if planned else None
+        velocity, guess = student(noisy, timestep, ids, mask, planned)
     each = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
+    if dense is not None:
+        each = each + FOLLOW_SHARE * (velocity.float() - dense).square().mean((1, 2, 3, 4))
     weight = pool.difficulty.weigh(level, each.detach().cpu()).to(each.device)
     top = each.detach()[(level > 0.94).to(each.device)]
     guide_loss = (guess - known.flatten(2).mT).square().mean()

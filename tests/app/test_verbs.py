@@ -27,6 +27,7 @@ def test_train_hands_its_options_on(monkeypatch, capsys):
     (out, options), *_ = seen
     assert out == Path("here")
     assert (options["stages"], options["steps"], options["compiled"]) == (["tiny"], 5, False)
+    assert options["plan"] is None
     assert capsys.readouterr().out == "out      here\n"
 
 

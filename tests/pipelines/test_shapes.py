@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.models.transformers import transformer_wan
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from ziggurat.pipelines.shapes.build import (
@@ -34,7 +33,6 @@ from ziggurat.pipelines.shapes.scenes import (
     unknown_words,
 )
 from ziggurat.pipelines.shapes.train import TINY
-from ziggurat.pipelines.shapes.train_attention import LISTED_ROWS, batched_attention
 from ziggurat.pipelines.shapes.train_flow import (
     Difficulty,
     FlowStage,
@@ -229,23 +227,6 @@ def test_every_noise_level_comes_to_weigh_alike():
     mean = torch.where(level > 0.9, 1.0, 0.01)
     weighted = difficulty.weigh(level, mean) * mean
     assert weighted.max() < 1.6 * weighted.min()
-
-
-@pytest.mark.parametrize("rows", [40, LISTED_ROWS + 5])
-def test_self_attention_in_training_is_attention(rows: int):
-    module: Any = transformer_wan
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, rows, 2, 32, generator=generator, requires_grad=True) for _ in range(3))
-    stock = module.dispatch_attention_fn
-    with batched_attention(torch.zeros(1, 1, 24)):
-        own = module.dispatch_attention_fn(query, key, value)
-    assert module.dispatch_attention_fn is stock
-    exact = stock(query, key, value)
-    torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-5)
-    given = torch.randn(own.shape, generator=generator)
-    grads = [torch.autograd.grad(out, (query, key, value), given) for out in (own, exact)]
-    for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_stacked_muon_is_muon():
