@@ -46,9 +46,10 @@ def write_score(model: Path, result: dict[str, Any]) -> None:
 
 
 def _score(result: dict[str, Any]) -> str:
+    dense = "dense by our own kernel" if result.get("dense_by") == "own" else "dense"
     lines = [
         f"{result['captions']} held-out captions, {result['steps']} steps, guidance {result['guidance']:g}, "
-        f"{result['dtype']}, dense; shares of videos that are right, with Wilson 95 % intervals.",
+        f"{result['dtype']}, {dense}; shares of videos that are right, with Wilson 95 % intervals.",
         "",
         "| right in | share | interval |",
         "|---|---|---|",

@@ -31,6 +31,8 @@ MEDIUM = Grid(frames=17, size=128, crop=96, batch=2, fresh=0.5, two_share=0.0, s
 STILL = Grid(frames=1, size=128, batch=8, fresh=2, keep=4096, two_share=0.05, shift=6.0, top_share=0.02)
 LONG = Grid(frames=33, size=128, crop=96, batch=1, fresh=0.4, keep=1024, two_share=0.0, shift=7.0)
 FULL = Grid(frames=33, size=128, batch=1, fresh=0.5, keep=512, two_share=0.05, shift=7.0)
+# Where a plan's own schedule is dense there is nothing to learn of it.
+LEVEL_FULL, LEVEL_LONG, LEVEL_MEDIUM = (replace(grid, top_share=0.0, shift=5.0) for grid in (FULL, LONG, MEDIUM))
 
 VAE = VaeStage()
 # Over long clips a decoder that has seen short ones leaves trails and lets colours drift.
@@ -56,11 +58,11 @@ STAGES = (
     ),
     FlowStage(
         name="planned",
-        steps=3400,
-        grids=((0.3, FULL), (0.2, LONG), (0.2, MEDIUM), (0.1, SHORT), (0.1, STILL), (0.1, PART)),
-        learning_rate=1.2e-3,
-        cooldown=3400,
-        plan_share=0.6,
+        steps=2200,
+        grids=((0.45, LEVEL_FULL), (0.2, LEVEL_LONG), (0.15, LEVEL_MEDIUM), (0.05, SHORT), (0.1, STILL), (0.05, PART)),
+        learning_rate=1e-3,
+        cooldown=2100,
+        plan_share=0.8,
     ),
 )
 
@@ -83,8 +85,8 @@ def train(
         out: the diffusers folder to write; it appears whole or not at all.
         run: where states are kept while training; the same folder resumes.
         start: a checkpoint to go on from instead of fresh weights; its VAE is kept as it is.
-        plan: the plan that the stage `planned` trains under: a checkpoint of the other stages has to be there for a
-            search to find one.
+        plan: the plan that the stage `planned` trains under; `start` is the checkpoint it was found for, which that
+            stage also follows as its teacher.
         stages: names of the flow stages to run; by default all, without a plan all but `planned`.
         steps: steps of each chosen flow stage in place of its own number.
         mixed_precision: accelerate's setting, `"bf16"` or `"no"`.
@@ -98,8 +100,12 @@ def train(
     if unknown := [name for name in stages if name not in names]:
         raise ValueError(f"stages must be among {', '.join(names)}, got {', '.join(unknown)}")
     chosen = tuple(stage for stage in STAGES if (stage.name in stages if stages else plan or not stage.plan_share))
-    if plan is None and any(stage.plan_share for stage in chosen):
-        raise ValueError("stage planned needs the plan to train under, got none: search for one, and give it as plan")
+    planned = any(stage.plan_share for stage in chosen)
+    if planned and (plan is None or start is None):
+        raise ValueError(
+            "stage planned needs a checkpoint to start from and the plan to train under, got "
+            f"{'no start' if start is None else 'no plan'}: search for a plan of the checkpoint, and give both"
+        )
     if steps is not None:
         chosen = tuple(replace(stage, steps=steps, cooldown=min(stage.cooldown, steps)) for stage in chosen)
     run.mkdir(parents=True, exist_ok=True)
@@ -113,7 +119,11 @@ def train(
         else:
             pipe = WanPipeline.from_pretrained(str(start))
             vae, student = pipe.vae, Student(pipe.text_encoder, pipe.transformer, plan)
-        train_flow(student, vae, tokenizer, chosen, run, accelerator, report, seed, compiled)
+        teacher = None
+        if planned:
+            pipe = WanPipeline.from_pretrained(str(start))
+            teacher = Student(pipe.text_encoder, pipe.transformer)
+        train_flow(student, vae, tokenizer, chosen, run, accelerator, report, seed, compiled, teacher)
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=student.text_encoder,
@@ -122,7 +132,15 @@ def train(
         scheduler=build_scheduler(),
     )
     if accelerator.is_main_process:
-        save(pipe, out, [f"{stage.name}: {stage.steps} steps" for stage in chosen], start)
+        save(pipe, out, [recipe(stage) for stage in chosen], start)
+
+
+def recipe(stage: FlowStage) -> str:
+    """A stage in a line of the model card."""
+    told = f"{stage.name}: {stage.steps} steps"
+    if stage.plan_share:
+        told += f", {stage.plan_share:.0%} of those on long clips under a sparse plan, following what it was before"
+    return told
 
 
 def _trained_vae(run: Path, accelerator: Accelerator, report: Report, seed: int) -> AutoencoderKLWan:

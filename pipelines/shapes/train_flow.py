@@ -23,8 +23,6 @@ from .train_attention import LISTED_ROWS, LongAttention, batched_attention, padd
 from .train_vae import Report, channels_last
 
 GUIDE_SHARE = 0.5
-FOLLOW_SHARE = 4.0
-"""How much the distance from dense attention counts in steps under a plan."""
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
 
 
@@ -52,7 +50,8 @@ class Grid:
 class FlowStage:
     """`steps` optimizer steps over a mix of grids, each step on one grid drawn by its share.
 
-    Of the steps on long clips, `plan_share` run by the plan to train under, the others dense.
+    With a `plan_share`, so many of the steps on long clips run by the plan to train under, and the target of all is
+    what a teacher says, run dense: the model goes on drawing as it did, dense and under the plan.
     """
 
     name: str
@@ -121,8 +120,9 @@ class Difficulty:
         for index, value in zip(bins.tolist(), loss.tolist(), strict=True):
             self.seen[index] += 1
             self.mean[index] += (value - self.mean[index]) * max(1 / self.seen[index].item(), 0.03)
-        known = self.mean[self.seen > 0]
-        return known.mean() / self.mean[bins]
+        known = self.mean[self.seen > 0].mean()
+        # A level at which there is nothing left to learn shall not be all that is learned.
+        return known / self.mean[bins].clamp(min=0.03 * known.item() + 1e-12)
 
 
 def patches(latents: Tensor) -> tuple[int, int, int]:
@@ -179,8 +179,11 @@ def train_flow(
     report: Report,
     seed: int = 0,
     compiled: bool = False,
+    teacher: Student | None = None,
 ) -> None:
-    """Train `student` in place through `stages`, resuming from `run`; at the end it holds the averaged weights."""
+    """Train `student` in place through `stages`, resuming from `run`; at the end it holds the averaged weights.
+
+    teacher: for stages with a `plan_share`."""
     vae = vae.to(accelerator.device).eval().requires_grad_(False)
     channels_last(vae)
     hidden, others = split_parameters(student)
@@ -193,8 +196,11 @@ def train_flow(
     state = run / "flow-state"
     if state.exists():
         accelerator.load_state(str(state))
-    if compiled:
-        for block in accelerator.unwrap_model(student).transformer.blocks:
+    models = [accelerator.unwrap_model(student)]
+    if teacher is not None:
+        models.append(teacher.to(accelerator.device).eval().requires_grad_(False))
+    for model in models if compiled else ():
+        for block in model.transformer.blocks:
             block.compile(dynamic=False)
     total, before = sum(stage.steps for stage in stages), 0
     for stage in stages:
@@ -207,9 +213,12 @@ def train_flow(
                     group["lr"] = factor * learning_rate(stage, step - before, step)
             random = Random(f"flow {seed} {step}")
             pool = random.choices(pools, shares)[0]
+            followed = teacher if stage.plan_share else None
             planned = random.random() < stage.plan_share
-            each, weight, guide_loss, top_loss = flow_loss(student, pool, tokenizer, random, accelerator, planned)
-            accelerator.backward((weight * each).mean() + GUIDE_SHARE * guide_loss)
+            each, weight, guide_loss, top_loss = flow_loss(
+                student, pool, tokenizer, random, accelerator, planned=planned, teacher=followed
+            )
+            accelerator.backward((weight * each).mean() + (GUIDE_SHARE if followed is None else 0) * guide_loss)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             for optimizer in (muon, adam):
                 optimizer.step()
@@ -259,12 +268,14 @@ def flow_loss(
     tokenizer: PreTrainedTokenizerFast,
     random: Random,
     accelerator: Accelerator,
+    *,
     planned: bool = False,
+    teacher: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """The squared errors of the predicted velocity on one batch, [B], their weights, [B], the error of what the middle
     knows, and the mean of the first above noise level 0.94.
 
-    planned: a long clip runs by the plan, and what dense attention says counts as an error too."""
+    planned: a long clip runs by the student's plan. teacher: whose velocity is the target, in place of the true one."""
     with accelerator.autocast():
         clean, captions, known = pool.draw(random)
     captions = ["" if random.random() < 0.1 else caption for caption in captions]
@@ -280,12 +291,10 @@ def flow_loss(
     )
     planned = planned and math.prod(patches(noisy)) >= LISTED_ROWS
     with accelerator.autocast():
-        # Not under no_grad: what is compiled for training would be compiled once more.
-        dense = student(noisy, timestep, ids, mask)[0].detach().float() if planned else None
         velocity, guess = student(noisy, timestep, ids, mask, planned)
-    each = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
-    if dense is not None:
-        each = each + FOLLOW_SHARE * (velocity.float() - dense).square().mean((1, 2, 3, 4))
+        with torch.no_grad():
+            target = noise - clean if teacher is None else teacher(noisy, timestep, ids, mask)[0].float()
+    each = (velocity.float() - target).square().mean((1, 2, 3, 4))
     weight = pool.difficulty.weigh(level, each.detach().cpu()).to(each.device)
     top = each.detach()[(level > 0.94).to(each.device)]
     guide_loss = (guess - known.flatten(2).mT).square().mean()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ziggurat.pipelines.shapes.card import card, write_score
 from ziggurat.pipelines.shapes.evaluate import wilson
+from ziggurat.pipelines.shapes.train import STAGES, recipe
 
 
 def test_a_card_keeps_what_its_start_was_trained_on(tmp_path: Path):
@@ -31,3 +32,9 @@ def test_a_start_whose_past_is_unknown_is_said(tmp_path: Path):
     text = card(["tiny: 10 steps"], tmp_path)
     assert f"going on from {tmp_path.name}" in text
     assert "from nothing" not in text
+
+
+def test_training_under_a_plan_is_told():
+    told = {stage.name: recipe(stage) for stage in STAGES}
+    assert "under a sparse plan" in told["planned"]
+    assert "plan" not in told["full"]

@@ -10,6 +10,7 @@ import pytest
 
 from ziggurat.attention.plan import Plan
 from ziggurat.pipelines.fidelity import object_boxes, psnr, ssim
+from ziggurat.pipelines.shapes import evaluate as evaluating
 from ziggurat.pipelines.shapes.evaluate import evaluate, wilson
 
 SMALL = {"steps": 2, "guidance": 1.0, "frames": 5, "height": 32, "width": 32}
@@ -78,6 +79,23 @@ def test_scores_are_cached_and_resumed(
     assert 0 < result["density"] < 1
     assert result["floors"]["all_blocks"]["psnr"]["median"] > result["fidelity"]["psnr"]["median"]
     assert result["floors"]["all_blocks"]["psnr"]["median"] > result["floors"]["other_seed"]["psnr"]["median"]
+
+
+def test_dense_videos_by_our_own_kernel(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are the all-block plan's, and stock attention is asked for nothing but the floors."""
+    plans: list[str | None] = []
+    made = evaluating.generate
+
+    def noted(pipe: Any, caption: str, *, plan: Plan | None, **settings: Any) -> Any:
+        plans.append(plan and plan.name)
+        return made(pipe, caption, plan=plan, **settings)
+
+    monkeypatch.setattr(evaluating, "generate", noted)
+    result = evaluate(wan, captions=2, dense_by="own", cache=tmp_path, **SMALL)
+    assert result["dense_by"] == "own"
+    assert plans == ["all blocks", "all blocks"]
+    evaluate(wan, captions=2, cache=tmp_path, **SMALL)
+    assert plans[2:] == [None, None]
 
 
 def test_nothing_to_score_is_refused(wan: Any, tmp_path: Path):
