@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import native, native_build
 from .backends import choose, load_triton
 from .checks import check_query
 from .pyramid import KVPyramid, gather_rows
@@ -83,11 +84,15 @@ def _tile_lse(lse: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch(query: Tensor, pyramid: KVPyramid, lse: Tensor, query_rows: Tensor, scale: float) -> Tensor:
-    """Score chunks that stay in cache. The lse and the log-weights ride along as further columns of query and key, so
+    """By the C++ kernel where there is one, else score chunks that stay in cache. The lse and the log-weights ride along as further columns of query and key, so
     that what is rounded to a narrow dtype is the logarithm of a share, small wherever the share is large."""
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
     batch, heads, _, head_dim = query.shape
     tiles, tile = query_rows.shape[1:]
+    if head_dim <= native.MOST_HEAD_DIM and native_build.lacking(dtype, query.device) is None:
+        out = query.new_empty(batch, heads, tiles, pyramid.offsets[1] // pyramid.block, dtype=torch.float32)
+        native.block_mass(query, pyramid, lse.float().contiguous(), query_rows, scale, dtype, out)
+        return out
     level, block = pyramid.offsets[1], pyramid.block
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     result = query.new_empty(batch, heads, tiles, level // block, dtype=wide)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .blocklist import BlockList
+from .listops import all_blocks
 from .native_build import library
 from .pyramid import KVPyramid
 from .tables import Group, groups, of_group
@@ -85,6 +86,28 @@ def attend(
         run(ctypes.byref(call))
         # Before the next group's are made.
         del held, laid
+
+
+def block_mass(
+    query: Tensor, pyramid: KVPyramid, lse: Tensor, query_rows: Tensor, scale: float, dtype: torch.dtype, out: Tensor
+) -> None:
+    """Write the masses of `mass.block_mass`, float32 [B, H, T, level-0 blocks], contiguous; lse float32, contiguous.
+    dtype: that of products, one that nothing is `lacking` for."""
+    if not out.numel():
+        return
+    run = library().mass_bfloat16 if dtype == torch.bfloat16 else library().mass_float32
+    blocks = all_blocks(query_rows, pyramid.block)
+    # No values are read: keys stand for them.
+    keys = [_ready(tensor, dtype) for tensor in (pyramid.key, pyramid.pooled_key)]
+    ready = [_ready(query, dtype), keys[0], keys[0], keys[1], keys[1]]
+    scratch = _scratch(library().mass_scratch_bytes, dtype, query.shape[3])
+    units = _units(blocks, pyramid, query.shape[3])
+    for group in groups(*query.shape[:2], units * dtype.itemsize):
+        laid = query.new_empty(len(group[0]) * len(group[1]), units, dtype=dtype)
+        more = {"key_units": laid, "value_units": laid, "scratch": scratch, "longest": lse, "out": out, "lse": lse}
+        call, held = _call(ready, pyramid, blocks, scale, group, more)
+        run(ctypes.byref(call))
+        del held, laid, more
 
 
 def backward(

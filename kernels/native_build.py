@@ -16,7 +16,7 @@ import torch
 from .fused import has_amx, has_bfloat16
 
 FOLDER = Path(__file__).parent
-UNITS = ("native.cpp", "native_grad.cpp")
+UNITS = ("native.cpp", "native_grad.cpp", "native_mass.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 
 

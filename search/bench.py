@@ -110,5 +110,7 @@ def summary(result: Result, *, most: float = 0.15) -> list[str]:
         lines += [f"  {ratio:5.2f}  {name}" for name, ratio in sorted(ratios.items(), key=lambda pair: pair[1])]
     for one in result.overhead:
         cost = f"order, pyramid and selection {one.share:.0%} of attention, {one.microseconds_per_token:.2f} µs a token"
-        lines.append(f"{one.tokens} tokens, {one.selector}, list density {one.list_density:.1%}: {cost}")
+        lines.append(
+            f"{one.tokens} tokens, {one.heads} heads, {one.selector}, list density {one.list_density:.1%}: {cost}"
+        )
     return lines

@@ -29,19 +29,24 @@ GRIDS = {4096: (16, 16, 16), 4352: (17, 16, 16), 65536: (16, 64, 64)}
 ORDER = TokenOrder(name="hilbert")
 DENSITY = 0.125
 REFRESH_EVERY = 5
+HEADS = 4
+"""A group of heads, as plans have them: its lists are found in one go."""
+LONG = 1 << 14
+"""From so many tokens on one head is enough to time, and quadratic selectors take long as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """Seconds for one head, medians of several runs.
+    """Seconds for a group of heads, medians of several runs.
 
     lay_out_seconds: to order the tokens, once a grid. pyramid_seconds: at every step. select_seconds: at every refresh.
     share: order, pyramid and selection ÷ attention, over a refresh and the steps that reuse it.
-    microseconds_per_token: of a step with a refresh.
+    microseconds_per_token: of a step with a refresh, a head.
     """
 
     selector: str
     tokens: int
+    heads: int
     list_density: float
     lay_out_seconds: float
     pyramid_seconds: float
@@ -61,7 +66,8 @@ def overhead(
     density: float = DENSITY,
     repeats: int = 3,
 ) -> list[Overhead]:
-    """Time order, pyramid, selection and attention of each selector on a clustered map of so many tokens.
+    """Time order, pyramid, selection and attention of each selector on a clustered map of so many tokens, HEADS heads
+    at once (one if the sequence is long).
 
     Last comes the log-linear selector as published, keep 8 and blocks of 16, whose work per token hardly grows with the
     tokens. A precise list's dense step is not counted: it stands for a step that would have been dense in any case.
@@ -70,7 +76,7 @@ def overhead(
     if tokens not in GRIDS:
         raise ValueError(f"tokens must be one of {', '.join(map(str, GRIDS))}, got {tokens}")
     grid = TokenGrid.video(*GRIDS[tokens])
-    sample = synthetic("clustered", grid, heads=1, head_dim=head_dim)
+    sample = synthetic("clustered", grid, heads=HEADS if tokens < LONG else 1, head_dim=head_dim)
     layout = lay_out(grid, ORDER, tile=tile, block=block)
     found = []
     for contender in (item for item in CONTENDERS if item.name in selectors):
@@ -95,7 +101,8 @@ def _time(name: str, selector: DynamicSelector, sample: Sample, tile: int, block
         return lay_out(sample.grid, ORDER, tile=tile, block=block)
 
     layout = order()
-    group = HeadGroup(order=ORDER, tile=tile, block=block, entries=(HeadPlan(heads=(0,), selector=selector),))  # type: ignore[arg-type]
+    heads = tuple(range(sample.query.shape[1]))
+    group = HeadGroup(order=ORDER, tile=tile, block=block, entries=(HeadPlan(heads=heads, selector=selector),))  # type: ignore[arg-type]
     factors = group.levels(layout.blocks * block)
 
     def build() -> KVPyramid:
@@ -118,13 +125,14 @@ def _time(name: str, selector: DynamicSelector, sample: Sample, tile: int, block
     return Overhead(
         selector=name,
         tokens=sample.grid.tokens,
+        heads=len(heads),
         list_density=blocks.density(pyramid),
         lay_out_seconds=seconds[0],
         pyramid_seconds=seconds[1],
         select_seconds=seconds[2],
         attend_seconds=seconds[3],
         share=spent / (REFRESH_EVERY * seconds[3]),
-        microseconds_per_token=1e6 * sum(seconds[1:]) / sample.grid.tokens,
+        microseconds_per_token=1e6 * sum(seconds[1:]) / sample.grid.tokens / len(heads),
     )
 
 

@@ -52,9 +52,12 @@ def test_reference_is_the_definition(case):
             assert torch.allclose(share[:, head, chosen].sum(-1), mass[:, head, tile, block])
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_torch_agrees(case, dtype):
+def test_torch_agrees(case, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("ziggurat.kernels.native_build.lacking", lambda *_: "not wanted here")
     problem, pyramid, lse, lists = solve(case, dtype)
     exact = build(case, dtype)
     oracle_pyramid = exact.pyramid(exact.key.double(), exact.value.double())
@@ -88,6 +91,14 @@ def test_queries_that_read_nothing_count_for_nothing():
         mass = block_mass(problem.query, pyramid, lse, lists.query_rows, backend=backend)
         live = (lists.query_rows >= 0) & (lists.query_rows % 2 == 1)
         assert torch.allclose(mass.sum(-1), live.sum(-1)[None].float().expand(mass.shape[:3]), rtol=1e-4)
+
+
+def test_a_long_sequence_goes_in_parts(monkeypatch):
+    """Heads that do not fit the table together follow one another."""
+    monkeypatch.setattr("ziggurat.kernels.tables.TABLE_BYTES", 1)
+    problem, pyramid, lse, lists = solve(CASES[0], torch.float32)
+    one, two = (block_mass(problem.query, pyramid, lse, lists.query_rows, backend=b) for b in ("torch", "reference"))
+    assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
