@@ -84,8 +84,9 @@ def _tile_lse(lse: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch(query: Tensor, pyramid: KVPyramid, lse: Tensor, query_rows: Tensor, scale: float) -> Tensor:
-    """By the C++ kernel where there is one, else score chunks that stay in cache. The lse and the log-weights ride along as further columns of query and key, so
-    that what is rounded to a narrow dtype is the logarithm of a share, small wherever the share is large."""
+    """By the C++ kernel where there is one. Otherwise score chunks that stay in cache: the lse and the log-weights ride
+    along as further columns of query and key, so that what is rounded to a narrow dtype is the logarithm of a share,
+    small wherever the share is large."""
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
     batch, heads, _, head_dim = query.shape
     tiles, tile = query_rows.shape[1:]

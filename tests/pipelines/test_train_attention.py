@@ -64,10 +64,10 @@ def test_long_clips_run_by_the_plan(noise_level: float):
     long.begin(GRID, noise_level)
     with batched_attention(torch.zeros(1, 1, 24), long):
         own = [module.dispatch_attention_fn(*tensors) for _ in plan.layers][-1]
-    split = [x.transpose(1, 2) for x in tensors]
+    query, key, value = (x.transpose(1, 2) for x in tensors)
     run = PlanRun(plan)
-    exact = run.attend_layer(*split, layer=1, noise_level=noise_level, step=0, grid=TokenGrid.video(*GRID))
-    dense: Any = torch.nn.functional.scaled_dot_product_attention(*split)
+    exact = run.attend_layer(query, key, value, layer=1, noise_level=noise_level, step=0, grid=TokenGrid.video(*GRID))
+    dense: Any = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     exact = dense if exact is None else exact
     assert torch.allclose(dense, exact, atol=1e-3) == (noise_level > 0.9)
     torch.testing.assert_close(own.transpose(1, 2), exact, rtol=1e-4, atol=1e-5)
