@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.pyramid import KVPyramid, gather_rows
+from ..kernels.pyramid import KVPyramid
+from ..kernels.rows import gather_rows
 from .rows import Layout
 
 

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..kernels.blocklist import BlockList
-from ..kernels.pyramid import KVPyramid, gather_rows
+from ..kernels.pyramid import KVPyramid
+from ..kernels.rows import gather_rows
 from .levels import NOT_READ, levels_list
 from .rows import Layout
 from .select import DynamicSelector, Selector

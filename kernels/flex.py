@@ -18,8 +18,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from .blocklist import BlockList
 from .checks import ragged
 from .listops import to_pairs
-from .pyramid import KVPyramid, gather_rows
+from .pyramid import KVPyramid
 from .reference import scatter_tiles
+from .rows import gather_rows
 
 LACKS = "it has no backward: use backend='torch', or torch.no_grad()"
 

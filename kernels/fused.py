@@ -6,7 +6,6 @@ sums are float32.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,18 +18,6 @@ from .walk import Scratch
 
 SLICE_BYTES = 256 << 20
 """Scores held at a time where the fused kernel does not run."""
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Does this CPU multiply bfloat16 matrices in tiles?"""
-    return torch.cpu._is_amx_tile_supported()
-
-
-@functools.cache
-def has_bfloat16() -> bool:
-    """Does this CPU have bfloat16 products at all? Without them float32 is the faster dtype."""
-    return has_amx() or torch.cpu._is_avx512_bf16_supported()
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from . import native, native_build
 from .blocklist import BlockList
+from .chip import has_amx, has_bfloat16
 from .chunks import Budget, ChunkPlan, plan_chunks
-from .fused import flash, gathered_tiles, has_amx, has_bfloat16
+from .fused import flash, gathered_tiles
 from .gather_grad import add_to_results, backward_group
 from .pyramid import KVPyramid
 from .tables import Group, Rows, groups, lay_rows, of_group, power_bound, with_sum_columns

@@ -10,7 +10,8 @@ from torch import Tensor
 from . import native, native_build
 from .backends import choose, load_triton
 from .checks import check_query
-from .pyramid import KVPyramid, gather_rows
+from .pyramid import KVPyramid
+from .rows import gather_rows
 from .tables import Rows, groups, lay_rows, of_group
 
 # Scores held at a time, in bytes; they stay in a second-level cache.

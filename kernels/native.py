@@ -102,7 +102,7 @@ def block_mass(
     ready = [_ready(query, dtype), keys[0], keys[0], keys[1], keys[1]]
     scratch = _scratch(library().mass_scratch_bytes, dtype, query.shape[3])
     units = _units(blocks, pyramid, query.shape[3])
-    for group in groups(*query.shape[:2], units * dtype.itemsize):
+    for group in groups(query.shape[0], query.shape[1], units * dtype.itemsize):
         laid = query.new_empty(len(group[0]) * len(group[1]), units, dtype=dtype)
         more = {"key_units": laid, "value_units": laid, "scratch": scratch, "longest": lse, "out": out, "lse": lse}
         call, held = _call(ready, pyramid, blocks, scale, group, more)

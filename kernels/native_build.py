@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from .fused import has_amx, has_bfloat16
+from .chip import has_amx, has_bfloat16
 
 FOLDER = Path(__file__).parent
-UNITS = ("native.cpp", "native_grad.cpp", "native_mass.cpp")
+UNITS = ("native.cpp", "native_grad.cpp", "native_mass.cpp", "native_pool.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 
 

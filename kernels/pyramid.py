@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pooling import pool_levels
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVPyramid:
@@ -73,21 +75,6 @@ def padded_range(tokens: int, multiple: int, size: int | None = None, device: to
     return rows
 
 
-def gather_rows(tokens: Tensor, rows: Tensor, live: Tensor | None = None) -> Tensor:
-    """Token vectors in row order: tokens [B, H, N, D] and rows int [H|1, R] give [B, H, R, D], zeros where padding.
-
-    live: bool [B|1, H|1, R], rows to zero as well where false; zeroed by `where`, so that NaN does not pass.
-    """
-    index = rows.clamp(min=0).long()
-    if rows.shape[0] == 1:
-        gathered = tokens.index_select(2, index[0]) if tokens.shape[2] else tokens.new_zeros(_shape(tokens, rows))
-    else:
-        index = index[None, :, :, None].expand(tokens.shape[0], -1, -1, tokens.shape[3])
-        gathered = tokens.gather(2, index) if tokens.shape[2] else tokens.new_zeros(_shape(tokens, rows))
-    keep = (rows >= 0)[None] if live is None else (rows >= 0)[None] & live
-    return gathered if bool(keep.all()) else torch.where(keep[..., None], gathered, 0)
-
-
 def build_pyramid(
     key: Tensor,
     value: Tensor,
@@ -127,21 +114,9 @@ def build_pyramid(
     offsets = level_offsets(level_rows, factors, block)
     pooled_key = pooled_value = key.new_zeros(batch, heads, 0, head_dim)
     if len(factors) > 1:
-        live = log_weight > -math.inf
-        sources = gather_rows(key, key_rows, live), gather_rows(value, key_rows, live)
         sizes = [end - begin for begin, end in itertools.pairwise(offsets)][1:]
-        # From the coarsest finer level that it is a multiple of: that has the fewest rows to read.
-        wide = torch.float64 if key.dtype == torch.float64 else torch.float32
-        levels = {1: (sources, log_weight)}
-        for factor, size in zip(factors[1:], sizes, strict=True):
-            finer = max(other for other in levels if factor % other == 0)
-            live = math.ceil(level_rows / factor)
-            levels[factor] = _pool(*levels[finer], factor // finer, live, size, wide)
-        pooled = [levels[factor] for factor in factors[1:]]
-        pooled_key, pooled_value = (
-            torch.cat([means[which].to(key.dtype) for means, _ in pooled], 2) for which in range(2)
-        )
-        log_weight = torch.cat([log_weight, *(weight for _, weight in pooled)], 2)
+        pooled_key, pooled_value, weight = pool_levels(key, value, key_rows, log_weight, factors[1:], sizes)
+        log_weight = torch.cat([log_weight, weight], 2)
     return KVPyramid(
         key=key,
         value=value,
@@ -190,35 +165,3 @@ def _row_log_weight(key_rows: Tensor, key_log_weight: Tensor | None, key: Tensor
         return weight
     index = key_rows.clamp(min=0).long().expand(given.shape[1], -1)[None].expand(given.shape[0], -1, -1)
     return weight + given.gather(2, index)
-
-
-def _pool(
-    sources: tuple[Tensor, Tensor], log_weight: Tensor, factor: int, count: int, size: int, wide: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """One coarser level: weighted means, in `wide`, of `factor` rows each, and their summed weights.
-
-    Of its `size` rows the first `count` are over any rows at all; the others are padding.
-    """
-    # Negative where the finer level has more padding than this one needs.
-    missing = count * factor - log_weight.shape[2]
-    pad = torch.nn.functional.pad
-    grouped = pad(log_weight, (0, missing), value=-math.inf).unflatten(2, (count, factor))
-    summed = torch.logsumexp(grouped, -1)
-    # Rows over nothing: shares of 0 instead of -inf - -inf.
-    share = torch.where(summed[..., None] > -math.inf, (grouped - summed[..., None]).exp(), 0).to(wide)
-    means = []
-    for source in sources:
-        rows = (pad(source, (0, 0, 0, missing)) if missing else source).unflatten(2, (count, factor)).to(wide)
-        # A product writes nothing but the means; over few rows each, its loop costs more than adding them one by one.
-        if factor >= 8:
-            mean = (share[..., None, :] @ rows)[..., 0, :]
-        else:
-            mean = rows[..., 0, :] * share[..., 0, None]
-            for row in range(1, factor):
-                mean = torch.addcmul(mean, rows[..., row, :], share[..., row, None])
-        means.append(pad(mean, (0, 0, 0, size - count)))
-    return (means[0], means[1]), pad(summed, (0, size - count), value=-math.inf)
-
-
-def _shape(tokens: Tensor, rows: Tensor) -> tuple[int, int, int, int]:
-    return tokens.shape[0], tokens.shape[1], rows.shape[1], tokens.shape[3]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .blocklist import BlockList
 from .listops import to_dense
-from .pyramid import KVPyramid, gather_rows
+from .pyramid import KVPyramid
+from .rows import gather_rows
 
 
 def attend(

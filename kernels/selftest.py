@@ -11,7 +11,7 @@ from . import native_build
 from .attend import attend
 from .backends import NAMES, choose, has_triton
 from .cases import Case, build
-from .fused import has_bfloat16
+from .chip import has_bfloat16
 from .pyramid import build_pyramid
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from ..kernels.fused import has_amx, has_bfloat16
+from ..kernels.chip import has_amx, has_bfloat16
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -37,6 +37,8 @@ class LongAttention:
 
     def __init__(self, plan: Plan | None = None):
         self._run = PlanRun(plan) if plan is not None else None
+        # A compiled graph breaks here: our kernel runs as it is.
+        self.attend: Any = torch.compiler.disable(self._attend)
         self.begin(None, 1.0)
 
     def begin(self, grid: tuple[int, int, int] | None, noise_level: float) -> None:
@@ -49,9 +51,7 @@ class LongAttention:
         if self._run is not None:
             self._run.begin()
 
-    # A compiled graph breaks here: our kernel runs as it is.
-    @torch.compiler.disable
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the next layer, [B, N, H, D]."""
         q, k, v = (x.transpose(1, 2) for x in (query.to(value.dtype), key.to(value.dtype), value))
         layer, self._layer = self._layer, self._layer + 1
@@ -72,7 +72,7 @@ def batched_attention(text_log_weight: Tensor, long: LongAttention) -> Iterator[
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         batch, rows, heads, dim = query.shape
         if rows >= LISTED_ROWS and key.shape[1] == rows:
-            return long(query, key, value)
+            return long.attend(query, key, value)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         if key.shape[1] == text_log_weight.shape[2]:
             bias = text_log_weight.to(q.dtype).repeat_interleave(heads, 0)

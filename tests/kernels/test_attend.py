@@ -14,7 +14,8 @@ from ziggurat.kernels.backends import choose
 from ziggurat.kernels.blocklist import BlockList, identity_rows
 from ziggurat.kernels.cases import Case, Problem, build
 from ziggurat.kernels.listops import all_blocks, from_dense, to_dense
-from ziggurat.kernels.pyramid import build_pyramid, gather_rows
+from ziggurat.kernels.pyramid import build_pyramid
+from ziggurat.kernels.rows import gather_rows
 
 LISTS = ["all", "none", "single", "random", "shared", "per_batch", "some_all", "masked", "unread", "joined"]
 CASES = [

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ziggurat.kernels import native_build
 from ziggurat.kernels.pyramid import build_pyramid
 
 
@@ -89,3 +90,28 @@ def test_levels_are_means_of_tokens_whatever_levels_lie_between(tokens: int, fac
             assert float(weight) == pytest.approx(math.log(part.shape[2]), abs=1e-5)
         rest = pyramid.log_weight[..., pyramid.offsets[level] + -(-tokens // factor) : pyramid.offsets[level + 1]]
         assert bool((rest == -math.inf).all())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("factors", [(1, 2, 4, 8), (1, 3, 4, 6, 9), (1, 16, 256, 512), (1, 64)], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 48, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_levels_agree_with_float64(dtype, head_dim, factors, compiled, monkeypatch):
+    """Rows per head, weights per batch entry, keys that are not read and hold NaN, and inputs that are views."""
+    if not compiled:
+        monkeypatch.setattr(native_build, "lacking", lambda dtype, device: "left out")
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 333, 3, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(2))
+    weight = torch.randn(2, 3, 333, generator=generator)
+    weight[:, :, 40:140] = -math.inf
+    rows = torch.stack([torch.randperm(333, generator=generator) for _ in range(3)]).int()
+    rows = torch.nn.functional.pad(rows, (0, 19), value=-1)
+    exact = build_pyramid(key.double(), value.double(), rows, block=16, factors=factors, key_log_weight=weight)
+    key[:, :, 40:140] = value[:, :, 40:140] = math.nan
+    got = build_pyramid(key, value, rows, block=16, factors=factors, key_log_weight=weight)
+    torch.testing.assert_close(got.log_weight, exact.log_weight, rtol=1e-5, atol=1e-5)
+    # A level made from a finer one is rounded twice.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for one, two in ((got.pooled_key, exact.pooled_key), (got.pooled_value, exact.pooled_value)):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), two, rtol=tolerance, atol=tolerance)

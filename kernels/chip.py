@@ -1,0 +1,17 @@
+"""What this machine's CPU can do."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Does this CPU multiply bfloat16 matrices in tiles?"""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Does this CPU have bfloat16 products at all? Without them float32 is the faster dtype."""
+    return has_amx() or torch.cpu._is_avx512_bf16_supported()
