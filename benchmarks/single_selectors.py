@@ -1,8 +1,9 @@
 """Each selector alone on the embedded model: `python benchmarks/single_selectors.py plans`, then `... table`.
 
 `plans` writes assets/plans/selectors/, fitted on captured calls of the checkpoint in assets. `table` runs 32 held-out
-captions with each of them (finished videos are kept, so that it resumes) and writes docs/selectors.md and
-benchmarks/selectors.json.
+captions with each of them (finished videos are kept, so that it resumes) and writes benchmarks/selectors.json. `page`
+makes docs/selectors.md of it and of benchmarks/fidelity.json, the last line of
+`ziggurat bench fidelity --overhead 4096 --overhead 4352 --overhead 65536 --json`.
 """
 
 import json
@@ -25,7 +26,7 @@ PLANS = ROOT / "assets" / "plans" / "selectors"
 DENSITIES = (0.15, 0.3)
 CAPTIONS = 32
 TIMED = 3
-HEAD = """# Each selector alone
+VIDEOS = """# Each selector alone
 
 Plans of `assets/plans/selectors/`: one selector in every layer and head, about 15 % and 30 % list density with what the
 pooled rest reads, on {captions} held-out captions at {steps} steps. Lost: of the captions that dense attention gets
@@ -35,6 +36,29 @@ medians of {timed} videos, beside {stock:.1f} s of stock diffusers and {own:.1f}
 
 | plan | list density | right | lost | PSNR, dB | SSIM | seconds | of stock | of all blocks |
 |---|---|---|---|---|---|---|---|---|
+"""
+ERRORS = """
+## Relative error
+
+Median relative error of attention's output on captured calls, as a multiple of plain top-k's, at list densities up to
+15 %, equal order and equal density ([benchmarks/fidelity.json](../benchmarks/fidelity.json), which has maps of known
+kinds too; `ziggurat bench fidelity`).
+
+![Error against density and against time](pictures/fidelity.png)
+
+| selector | error ÷ that of top-k |
+|---|---|
+"""
+COSTS = """
+## What finding the lists costs
+
+Order, pyramid and selection as a share of the sparse attention that they serve: list density 12.5 %, head_dim 128,
+blocks of 64, float32, a refresh every fifth step, all heads of a group at once. `precise` sums every score, which is
+half of dense attention's products: at a refresh every fifth step that alone comes to 80 % of attention over an eighth of
+the blocks. It is meant to refresh once or twice a run.
+
+| tokens | heads | selector | list density | share | µs a token and head |
+|---|---|---|---|---|---|
 """
 
 
@@ -57,12 +81,12 @@ def plans() -> None:
 
 
 def table() -> None:
-    """Evaluate every plan, and write the table."""
+    """Evaluate and time every plan."""
     pipe: Any = load("shapes")
     pipe.set_progress_bar_config(disable=True)
     steps = model_settings(pipe).steps or 10
     stock, own = (seconds(pipe, plan) for plan in (None, all_block_plan(model_shape(pipe.transformer))))
-    lines, results = [], {}
+    results = {}
     for path in sorted(PLANS.glob("*.json")):
         plan = Plan.load(path)
         result = evaluate(
@@ -77,18 +101,33 @@ def table() -> None:
         )
         taken, listed = timed(pipe, plan)
         results[path.stem] = {**result, "seconds": taken, "list_density": listed}
-        right, lost = result["sparse"]["all"], result["lost"]
-        near = result["fidelity"]
-        lines.append(
-            f"| {path.stem} | {listed:.1%} | {right['count']} of {right['of']} | {lost['count']} of {lost['of']} "
-            f"| {near['psnr']['median']:.1f} | {near['ssim']['median']:.3f} | {taken:.1f} "
-            f"| {taken / stock:.2f} | {taken / own:.2f} |"
-        )
-        print(lines[-1], flush=True)
-    head = HEAD.format(captions=CAPTIONS, steps=steps, timed=TIMED, stock=stock, own=own)
-    (ROOT / "docs" / "selectors.md").write_text(head + "\n".join(lines) + "\n")
-    said = {"stock_seconds": stock, "all_blocks_seconds": own, "plans": results, **surroundings()}
+        print(path.stem, taken, result["lost"], result["fidelity"]["psnr"], flush=True)
+    said = {"steps": steps, "stock_seconds": stock, "all_blocks_seconds": own, "plans": results, **surroundings()}
     (ROOT / "benchmarks" / "selectors.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def page() -> None:
+    """Write docs/selectors.md from the two files of figures."""
+    said, bench = (json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in ("selectors", "fidelity"))
+    stock, own = said["stock_seconds"], said["all_blocks_seconds"]
+    text = VIDEOS.format(captions=CAPTIONS, steps=said["steps"], timed=TIMED, stock=stock, own=own)
+    for name, result in said["plans"].items():
+        right, lost, near = result["sparse"]["all"], result["lost"], result["fidelity"]
+        text += (
+            f"| {name} | {result['list_density']:.1%} | {right['count']} of {right['of']} "
+            f"| {lost['count']} of {lost['of']} | {near['psnr']['median']:.1f} | {near['ssim']['median']:.3f} "
+            f"| {result['seconds']:.1f} | {result['seconds'] / stock:.2f} | {result['seconds'] / own:.2f} |\n"
+        )
+    text += ERRORS
+    for name, ratio in sorted(bench["to_topk"]["captured"].items(), key=lambda pair: pair[1]):
+        text += f"| {name} | {ratio:.2f} |\n"
+    text += COSTS
+    for one in bench["overhead"]:
+        text += (
+            f"| {one['tokens']:,} | {one['heads']} | {one['selector']} | {one['list_density']:.1%} "
+            f"| {one['share']:.0%} | {one['microseconds_per_token']:.2f} |\n"
+        )
+    (ROOT / "docs" / "selectors.md").write_text(text)
 
 
 def timed(pipe: Any, plan: Plan | None) -> tuple[float, float]:
@@ -107,4 +146,4 @@ def told(stage: str, done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    {"plans": plans, "table": table}[sys.argv[1] if len(sys.argv) > 1 else "plans"]()
+    {"plans": plans, "table": table, "page": page}[sys.argv[1] if len(sys.argv) > 1 else "plans"]()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import native_build
-from .chip import has_bfloat16
 
 MOST_FACTOR = 256
 TENSORS = ("key", "value")
@@ -30,10 +29,10 @@ class Pool(ctypes.Structure):
 
 def takes(key: Tensor, value: Tensor) -> bool:
     """Can the kernel pool these keys and values? It has no gradient."""
-    if key.dtype not in (torch.float32, torch.bfloat16) or (key.dtype == torch.bfloat16 and not has_bfloat16()):
-        return False
+    # What the kernel is built with decides, not which dtype's products are faster.
+    known = key.dtype == torch.float32 or (key.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
     graded = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    return not graded and native_build.lacking(torch.float32, key.device) is None
+    return known and not graded and native_build.lacking(torch.float32, key.device) is None
 
 
 def together(factors: Sequence[int]) -> list[int]:
