@@ -54,8 +54,8 @@ COSTS = """
 
 Order, pyramid and selection as a share of the sparse attention that they serve: list density 12.5 %, head_dim 128,
 blocks of 64, float32, a refresh every fifth step, all heads of a group at once. `precise` sums every score, which is
-half of dense attention's products: at a refresh every fifth step that alone comes to 80 % of attention over an eighth of
-the blocks. It is meant to refresh once or twice a run.
+half of dense attention's products: at a refresh every fifth step that alone comes to 80 % of attention over an eighth
+of the blocks. It is meant to refresh once or twice a run.
 
 | tokens | heads | selector | list density | share | µs a token and head |
 |---|---|---|---|---|---|
