@@ -101,12 +101,10 @@ struct Worker {
         if (masks[units] != 0xffff) {
             // What a row mask hides may hold NaN, which even a weight of 0 would spread.
             Element* copy = patched + units * size;
-            for (int64_t d = 0; d < D; d += LANES)
-                for (int64_t lane = 0; lane < LANES; ++lane)
-                    for (int64_t column = 0; column < LANES; ++column) {
-                        const int64_t at = d * LANES + lane / Kind::step * LANES * Kind::step + column * Kind::step + lane % Kind::step;
-                        copy[at] = masks[units] >> lane & 1 ? values[units][at] : Element(0);
-                    }
+            __m512i kept[LANES / Kind::step];
+            for (int64_t lane = 0; lane < LANES; lane += Kind::step) kept[lane / Kind::step] = Kind::of_rows(masks[units] >> lane);
+            for (int64_t at = 0; at < size; at += LANES * Kind::step)
+                _mm512_store_si512(copy + at, _mm512_and_si512(kept[at / LANES / Kind::step % (LANES / Kind::step)], _mm512_load_si512(values[units] + at)));
             values[units] = copy;
         }
         ++units;

@@ -58,6 +58,8 @@ struct Single {
     }
     using Register = __m512;
     static Register panel(const float* from) { return _mm512_load_ps(from); }
+    // All bits of a step's rows that `shown` names, the first in bit 0, and none of the others'.
+    static __m512i of_rows(uint32_t shown) { return _mm512_set1_epi32(shown & 1 ? -1 : 0); }
     static __m512 exp2_of_fraction(__m512 x) {
         __m512 y = _mm512_set1_ps(1.53533634e-4f);
         y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.33988750e-3f));
@@ -87,6 +89,7 @@ struct Brain {
     }
     using Register = __m512i;
     static Register panel(const uint16_t* from) { return _mm512_load_si512(from); }
+    static __m512i of_rows(uint32_t shown) { return _mm512_set1_epi32((shown & 1 ? 0xffff : 0) | (shown & 2 ? 0xffff0000 : 0)); }
     static __m512 multiply_add(__m512 sum, const uint16_t* one, Register many) {
         int32_t pair;
         std::memcpy(&pair, one, 4);
