@@ -1,8 +1,9 @@
-"""Each selector alone on the embedded model: `python benchmarks/single_selectors.py plans`, then `table`, `times`, `page`.
+"""Each selector alone on the embedded model: `python benchmarks/single_selectors.py plans`, and then others.
 
 `plans` writes assets/plans/selectors/, fitted on captured calls of the checkpoint in assets. `table` runs 32 held-out
 captions with each of them (finished videos are kept, so that it resumes) and writes benchmarks/selectors.json. `times`
-adds seconds to it, on a machine that does nothing else, plans, stock and our own kernel taking turns. `page` makes docs/selectors.md of it and of benchmarks/fidelity.json, the last line of
+adds seconds to it, on a machine that does nothing else, plans, stock and our own kernel taking turns. `page` makes
+docs/selectors.md of it and of benchmarks/fidelity.json, the last line of
 `ziggurat bench fidelity --overhead 4096 --overhead 4352 --overhead 65536 --json`.
 """
 
