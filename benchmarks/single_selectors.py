@@ -46,8 +46,8 @@ ERRORS = """
 ## Relative error
 
 Median relative error of attention's output on captured calls, as a multiple of plain top-k's, at list densities up to
-15 %, equal density, one prompt, hilbert order ([benchmarks/fidelity.json](../benchmarks/fidelity.json), which has maps of known
-kinds too; `ziggurat bench fidelity --prompt PROMPT --order hilbert`, densities 5 to 30 %).
+15 %, equal density, one prompt, hilbert order ([benchmarks/fidelity.json](../benchmarks/fidelity.json), which has maps
+of known kinds too; `ziggurat bench fidelity --prompt PROMPT --order hilbert`, densities 5 to 30 %).
 
 ![Error against density and against time](pictures/fidelity.png)
 
