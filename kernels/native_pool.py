@@ -61,9 +61,7 @@ def pool(
         **{"batch": batch, "heads": heads, "head_dim": head_dim, "rows": rows, "levels": len(factors)},
         **{"chunk": factors[-1], "pooled_rows": sum(sizes), "threads": torch.get_num_threads()},
         **{f"{name}_stride": tuple(held[name].stride()[:3]) for name in TENSORS},
-        share_stride=tuple(0 if size == 1 else step for size, step in zip(shares.shape, shares.stride(), strict=True))[
-            :3
-        ],
+        share_stride=tuple(0 if shares.shape[i] == 1 else held["shares"].stride(i) for i in range(3)),
         key_rows_stride=0 if len(key_rows) == 1 else rows,
         **{name: held[name].data_ptr() for name in POINTERS},
     )
