@@ -42,6 +42,10 @@ DenseUntil = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Steps of more noise than this run dense; 1 = none.", show_default="0.96"),
 ]
+RefreshAt = Annotated[
+    list[float] | None,
+    typer.Option(min=0, max=1, help="A noise level where lists are built anew; repeat it for more.", show_default="0.75"),
+]
 Across = Annotated[int, typer.Option(min=0, help="Plans spread over the front to prove beside the chosen one.")]
 Quantile = Annotated[float, typer.Option(help="Of the errors over prompts, steps and branches; 1 = the worst.")]
 Proofs = Annotated[int, typer.Option(min=0, help="Held-out prompts to prove the plan on.")]
@@ -68,6 +72,7 @@ def search(
     noise_steps: Noise = 3,
     rows: Rows = 1024,
     dense_until: DenseUntil = None,
+    refresh_at: RefreshAt = None,
     quantile: Quantile = 1.0,
     proofs: Proofs = 2,
     across: Across = 0,
@@ -99,9 +104,8 @@ def search(
     from ..search import run as searching
     from ..search.prompts import read_prompts
 
-    schedule = searching.SCHEDULE
-    if dense_until is not None:
-        schedule = schedule.model_copy(update={"dense_until": dense_until})
+    asked = {"dense_until": dense_until, "refresh_at": tuple(refresh_at) if refresh_at else None}
+    schedule = searching.SCHEDULE.model_copy(update={name: at for name, at in asked.items() if at is not None})
     begun = time.monotonic()
     pipe: Any = load(model, dtype=dtype)
     with kept_in(out), progress_bars(STAGES) as report:

@@ -27,7 +27,7 @@ from .scoring import ROWS, Cancelled
 from .sensitivity import sensitivities
 from .settle import bounded, front, gathered, knapsack, steadiness
 
-SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.9, 0.75, 0.5))
+SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.75,))
 BUDGET = 0.5
 SENSITIVITY_PASSES = 24
 MOST_PROMPTS = 16
