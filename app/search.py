@@ -44,7 +44,9 @@ DenseUntil = Annotated[
 ]
 RefreshAt = Annotated[
     list[float] | None,
-    typer.Option(min=0, max=1, help="A noise level where lists are built anew; repeat it for more.", show_default="0.75"),
+    typer.Option(
+        min=0, max=1, help="A noise level where lists are built anew; repeat it for more.", show_default="0.75"
+    ),
 ]
 Across = Annotated[int, typer.Option(min=0, help="Plans spread over the front to prove beside the chosen one.")]
 Quantile = Annotated[float, typer.Option(help="Of the errors over prompts, steps and branches; 1 = the worst.")]

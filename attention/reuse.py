@@ -48,6 +48,11 @@ class GroupCall:
         """What a kept thing must agree with, beside the epoch."""
         return self.prepared.layouts[0].grid, self.query.shape[0]
 
+    @property
+    def list_branch(self) -> Hashable:
+        """Whose dynamic lists the call reads."""
+        return None if self.shared else self.branch
+
     def entry_heads(self) -> Iterator[slice]:
         """Each entry's heads, as a range of the group's."""
         stop = 0
@@ -96,9 +101,10 @@ class _Correction:
 class Reuse:
     """Builds the dynamic lists and corrections of a run, and hands them out until the schedule refreshes them.
 
-    Lists are kept in the smaller of their two forms, entries or bits. Whatever would take the memory of a guidance
-    branch over `max_bytes` is not kept, and is built anew at every step. peak: most bytes kept in the run, by what
-    keeps them. unkept: how often something was not kept.
+    Lists are kept in the smaller of their two forms, entries or bits, and beside it as the kernel takes them, joined
+    and checked, while there is room: up to half of `max_bytes`. Whatever would take the memory of a guidance branch
+    over `max_bytes` is not kept, and is built anew at every step. peak: most bytes kept in the run, by what keeps them.
+    unkept: how often something was not kept.
     """
 
     cache: ListCache
@@ -106,6 +112,7 @@ class Reuse:
     unkept: int = 0
     peak: dict[str, int] = field(default_factory=dict)
     _lists: dict[tuple[Hashable, Hashable], _Lists] = field(default_factory=dict)
+    _ready: dict[tuple[Hashable, Hashable], BlockList] = field(default_factory=dict)
     _corrections: dict[tuple[Hashable, Hashable], _Correction] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -117,6 +124,7 @@ class Reuse:
     def end(self) -> None:
         """Free what is kept; the figures stay."""
         self._lists.clear()
+        self._ready.clear()
         self._corrections.clear()
 
     @property
@@ -156,7 +164,7 @@ class Reuse:
         """The kept lists, or new ones in a new epoch; None where all are static."""
         if call.prepared.blocks is not None:
             return None
-        branch = None if call.shared else call.branch
+        branch = call.list_branch
         before = self._lists.get((branch, call.place))
         if before is not None and before.stamp != call.stamp:
             before = None
@@ -178,6 +186,7 @@ class Reuse:
             lses.append(None if call.final else lse)
         kept = _Lists(epoch=call.epoch, stamp=call.stamp, lists=lists, densities=densities, lse=lses)
         self._lists.pop((branch, call.place), None)
+        self._ready.pop((branch, call.place), None)
         if self._fits(branch, kept.nbytes):
             self._lists[branch, call.place] = kept
         return kept
@@ -243,12 +252,18 @@ class Reuse:
         if kept is None:
             assert call.prepared.blocks is not None
             return call.prepared.blocks
+        key = (call.list_branch, call.place)
+        if key in self._ready:
+            return self._ready[key]
         lists = []
         for static, form in zip(call.prepared.lists, kept.lists, strict=True):
             blocks = form.to_list() if isinstance(form, BitList) else form or static
             assert blocks is not None
             lists.append(blocks)
-        return joined(lists, call.group)
+        whole = joined(lists, call.group)
+        if self._lists.get(key) is kept and self._held(key[0]) + whole.nbytes <= self.max_bytes // 2:
+            self._ready[key] = whole
+        return whole
 
     def _density(self, call: GroupCall, kept: _Lists | None, number: int) -> float:
         if kept is not None:
@@ -260,16 +275,22 @@ class Reuse:
         return blocks.memo["density"]
 
     def _fits(self, branch: Hashable, more: int) -> bool:
-        stores = (self._lists, self._corrections)
-        held = sum(item.nbytes for store in stores for (owner, _), item in store.items() if owner == branch)
-        fits = held + more <= self.max_bytes
+        if self._held(branch) + more > self.max_bytes:
+            # What can be joined again gives way first.
+            self._ready = {key: blocks for key, blocks in self._ready.items() if key[0] != branch}
+        fits = self._held(branch) + more <= self.max_bytes
         self.unkept += not fits
         return fits
+
+    def _held(self, branch: Hashable) -> int:
+        stores = (self._lists, self._ready, self._corrections)
+        return sum(item.nbytes for store in stores for (owner, _), item in store.items() if owner == branch)
 
     def _bytes(self) -> dict[str, int]:
         lse = sum(part.nbytes for item in self._lists.values() for part in item.lse if part is not None)
         return {
             "lists": sum(item.nbytes for item in self._lists.values()) - lse,
+            "joined lists": sum(blocks.nbytes for blocks in self._ready.values()),
             "lse": lse,
             "corrections": sum(item.nbytes for item in self._corrections.values()),
         }

@@ -190,12 +190,38 @@ def test_over_the_cap_lists_are_rebuilt_instead_of_kept(selector: DynamicSelecto
 def test_the_cap_is_per_branch():
     size = run_of(TopK(density=0.2))
     call(size, qkv_of(0))
-    run = run_of(TopK(density=0.2), layers=2, max_cache_bytes=size.reuse.nbytes)
+    one = size.reuse.peak["lists"]
+    run = run_of(TopK(density=0.2), layers=2, max_cache_bytes=one)
     for branch in ("cond", "uncond"):
         for layer in range(2):
             call(run, qkv_of(0), layer=layer, branch=branch)
     assert run.reuse.unkept == 2
-    assert run.reuse.nbytes == 2 * size.reuse.nbytes
+    assert run.reuse.nbytes == 2 * one
+
+
+def test_joined_lists_are_kept_while_there_is_room_and_give_way_first():
+    run = run_of(TopK(density=0.2), Window(frames=1), schedule=Schedule(refresh_at=(0.5,)))
+    first = call(run, qkv_of(0), 0.9)
+    (joined,) = run.reuse._ready.values()
+    torch.testing.assert_close(call(run, qkv_of(0), 0.8), first, rtol=0, atol=0)
+    assert next(iter(run.reuse._ready.values())) is joined
+    call(run, qkv_of(1), 0.4)
+    assert next(iter(run.reuse._ready.values())) is not joined, "of another epoch"
+
+    lists, together = run.reuse.peak["lists"], run.reuse.nbytes
+    narrow = run_of(TopK(density=0.2), Window(frames=1), layers=4, max_cache_bytes=2 * together)
+    for layer in range(4):
+        call(narrow, qkv_of(0), layer=layer)
+    assert narrow.reuse.unkept == 0
+    assert len(narrow.reuse._lists) == 4
+    assert len(narrow.reuse._ready) < 4, "no more than half of the cap"
+    full = run_of(TopK(density=0.2), Window(frames=1), layers=2, max_cache_bytes=2 * together, correction="rho")
+    full.reuse.max_bytes = 2 * together
+    call(full, qkv_of(0))
+    full.reuse.max_bytes = full.reuse.nbytes + lists
+    call(full, qkv_of(0), layer=1)
+    assert full.reuse.nbytes <= full.reuse.max_bytes
+    assert len(full.reuse._lists) == 2
 
 
 def test_the_smaller_form_is_kept():
