@@ -127,6 +127,11 @@ class LayerPlan(_Part):
             raise ValueError("a layer's own schedule can't say which layers are dense: say so in the plan's schedule")
         return self
 
+    @property
+    def needs_lse(self) -> bool:
+        """Whether some list of the layer is built from the lse of dense attention."""
+        return any(entry.selector.needs_lse for group in self.groups for entry in group.entries)
+
 
 class Plan(_Part):
     """A sparse attention plan for one model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,16 +32,14 @@ class Precise(RatedSelector):
     heads: "equal" budgets, or "adaptive": well recalled heads give half of theirs to as many badly recalled ones.
     """
 
+    needs_lse: ClassVar[bool] = True
+
     name: Literal["precise"] = "precise"
     density: Share = 0.15
     reference: Share = 1.0
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
     by: Literal["mass", "error"] = "mass"
     heads: Literal["equal", "adaptive"] = "equal"
-
-    @property
-    def needs_lse(self) -> bool:
-        return True
 
     @classmethod
     def candidates(cls) -> tuple[Selector, ...]:

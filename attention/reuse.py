@@ -2,68 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..kernels.attend import attend
 from ..kernels.bitsets import BitList, to_bits
 from ..kernels.blocklist import BlockList
 from ..kernels.listops import all_blocks
-from ..kernels.pyramid import KVPyramid
+from .call import GroupCall
 from .grid import TokenGrid
-from .lists import ListCache, Prepared, joined, pyramid_heads, with_rest
-from .plan import HeadGroup
+from .lists import ListCache, joined, pyramid_heads, with_rest
 from .select import DynamicSelector
 
 MAX_CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupCall:
-    """One call of a head group.
-
-    place: the layer and group. branch: which guidance branch calls. shared: branches read the first one's list.
-    epoch: a list or correction of another epoch is rebuilt. final: no refresh follows in this run.
-    query: [B, heads of the group, N, D]; pyramid: over the same heads' keys and values.
-    """
-
-    place: Hashable
-    branch: Hashable
-    shared: bool
-    epoch: int
-    final: bool
-    group: HeadGroup
-    prepared: Prepared
-    query: Tensor
-    pyramid: KVPyramid
-    scale: float | None
-    backend: str
-    compute_dtype: torch.dtype | None
-
-    @property
-    def stamp(self) -> tuple[TokenGrid, int]:
-        """What a kept thing must agree with, beside the epoch."""
-        return self.prepared.layouts[0].grid, self.query.shape[0]
-
-    @property
-    def list_branch(self) -> Hashable:
-        """Whose dynamic lists the call reads."""
-        return None if self.shared else self.branch
-
-    def entry_heads(self) -> Iterator[slice]:
-        """Each entry's heads, as a range of the group's."""
-        stop = 0
-        for entry in self.group.entries:
-            start, stop = stop, stop + len(entry.heads)
-            yield slice(start, stop)
-
-    def attend(self, blocks: BlockList, heads: slice | None = None) -> tuple[Tensor, Tensor]:
-        query = self.query if heads is None else self.query[:, heads]
-        pyramid = self.pyramid if heads is None else pyramid_heads(self.pyramid, heads)
-        return attend(query, pyramid, blocks, scale=self.scale, backend=self.backend, compute_dtype=self.compute_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +34,18 @@ class _Lists:
         # The query rows belong to the layout.
         lists = sum(item.nbytes - item.query_rows.nbytes for item in self.lists if item is not None)
         return lists + sum(item.nbytes for item in self.lse if item is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lent:
+    """The lse [B, H, N] of a layer's last dense step, all heads of the model."""
+
+    stamp: tuple[TokenGrid, int]
+    lse: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.lse.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +78,7 @@ class Reuse:
     peak: dict[str, int] = field(default_factory=dict)
     _lists: dict[tuple[Hashable, Hashable], _Lists] = field(default_factory=dict)
     _ready: dict[tuple[Hashable, Hashable], BlockList] = field(default_factory=dict)
+    _lent: dict[tuple[Hashable, Hashable], _Lent] = field(default_factory=dict)
     _corrections: dict[tuple[Hashable, Hashable], _Correction] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -123,9 +89,8 @@ class Reuse:
 
     def end(self) -> None:
         """Free what is kept; the figures stay."""
-        self._lists.clear()
-        self._ready.clear()
-        self._corrections.clear()
+        for store in (self._lists, self._ready, self._lent, self._corrections):
+            store.clear()
 
     @property
     def nbytes(self) -> int:
@@ -145,6 +110,8 @@ class Reuse:
             out = torch.cat([exact[number][0] for number in range(len(entries))], 1)
         else:
             out, lse = call.attend(self._whole(call, kept))
+            if call.lends:
+                self._lend(call, lse.detach())
             parts = []
             for number, heads in enumerate(call.entry_heads()):
                 part = out[:, heads]
@@ -202,14 +169,33 @@ class Reuse:
         entry, layout = call.group.entries[number], call.prepared.layouts[number]
         selector = entry.selector
         assert isinstance(selector, DynamicSelector)
-        if selector.needs_lse and lse is None:
-            lse = self._exact(call, number, heads, exact)[1].detach()
+        kept = lse
+        if selector.needs_lse and lse is None and (lse := self._borrowed(call, heads)) is None:
+            lse = kept = self._exact(call, number, heads, exact)[1].detach()
         own = pyramid_heads(call.pyramid, heads)
         with torch.no_grad():
             blocks = selector.select(call.query[:, heads], own.key, layout, own, scale=call.scale, lse=lse)
             blocks = with_rest(blocks, layout, call.prepared.factors, entry)
         self.cache.built += 1
-        return blocks, lse
+        return blocks, kept
+
+    def _lend(self, call: GroupCall, lse: Tensor) -> None:
+        key = (call.branch, call.place[0])
+        lent = _Lent(stamp=call.stamp, lse=lse)
+        self._lent.pop(key, None)
+        if self._fits(call.branch, lent.nbytes):
+            self._lent[key] = lent
+
+    def _borrowed(self, call: GroupCall, heads: slice) -> Tensor | None:
+        """The lse of an entry's heads at the layer's last dense step, where our own kernel ran it."""
+        lent = self._lent.get((call.branch, call.place[0]))
+        if lent is None or lent.stamp != call.stamp:
+            return None
+        return lent.lse.index_select(1, torch.tensor(call.group.heads[heads], device=lent.lse.device))
+
+    def reclaim(self, branch: Hashable, layer: int) -> None:
+        """No list of the layer will be built any more."""
+        self._lent.pop((branch, layer), None)
 
     def _exact(
         self, call: GroupCall, number: int, heads: slice, exact: dict[int, tuple[Tensor, Tensor]]
@@ -283,13 +269,15 @@ class Reuse:
         return fits
 
     def _held(self, branch: Hashable) -> int:
-        stores = (self._lists, self._ready, self._corrections)
+        stores = (self._lists, self._ready, self._lent, self._corrections)
         return sum(item.nbytes for store in stores for (owner, _), item in store.items() if owner == branch)
 
     def _bytes(self) -> dict[str, int]:
         lse = sum(part.nbytes for item in self._lists.values() for part in item.lse if part is not None)
+        lists = sum(item.nbytes for item in self._lists.values()) - lse
+        lse += sum(item.nbytes for item in self._lent.values())
         return {
-            "lists": sum(item.nbytes for item in self._lists.values()) - lse,
+            "lists": lists,
             "joined lists": sum(blocks.nbytes for blocks in self._ready.values()),
             "lse": lse,
             "corrections": sum(item.nbytes for item in self._corrections.values()),

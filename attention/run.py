@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.pyramid import build_pyramid
+from .call import GroupCall
 from .dense import Dense
 from .grid import TokenGrid
 from .lists import ListCache
 from .plan import HeadGroup, HeadPlan, Plan
-from .reuse import MAX_CACHE_BYTES, GroupCall, Reuse
+from .reuse import MAX_CACHE_BYTES, Reuse
 from .schedule import Schedule
 
 EVERYTHING = -1
@@ -164,9 +165,12 @@ class PlanRun:
         assert grid is not None
 
         schedule = self.schedule(layer)
+        final = not schedule.refreshes_after(noise_level)
         outputs, sparse, density = [], 0.0, 0.0
         groups, numbers = self.plan.layers[layer].groups, self._numbers[layer]
+        lends = False
         if exact := schedule.is_dense(noise_level, step):
+            lends = self.plan.layers[layer].needs_lse
             groups, numbers = (self._everything,), [EVERYTHING]
         for index, group in enumerate(groups):
             queries, keys, values = (_pick_heads(tensor, group.heads) for tensor in (query, key, value))
@@ -182,7 +186,8 @@ class PlanRun:
                 branch=branch,
                 shared=schedule.share_branches,
                 epoch=schedule.epoch(noise_level),
-                final=not schedule.refreshes_after(noise_level),
+                final=final,
+                lends=lends,
                 group=group,
                 prepared=prepared,
                 query=queries,
@@ -195,6 +200,8 @@ class PlanRun:
             outputs.append(out)
             sparse += ran * len(group.heads) / self.plan.heads
             density += touched * len(group.heads) / self.plan.heads
+        if final and not exact:
+            self.reuse.reclaim(branch, layer)
         out = _in_head_order(outputs, [head for group in groups for head in group.heads])
         if self.check_finite:
             _check_finite(layer, step, output=out)

@@ -20,12 +20,15 @@ class Selector(BaseModel):
 
     static: the list follows from the layout alone, is built once per grid and shared by layers, steps and batch.
     covers: the list leaves nothing out, so that there is no rest to drop or to pool.
+    needs_lse: the list is built from the logsumexp over all keys: of the layer's last dense step where our own kernel
+        ran it, else the step that builds the first list runs dense for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     static: ClassVar[bool] = True
     covers: ClassVar[bool] = False
+    needs_lse: ClassVar[bool] = False
 
     def key_order(self, shape: Shape, order: TokenOrder) -> Tensor | None:
         """An order of a visual segment's keys other than the queries': int64 local indices, or None."""
@@ -50,16 +53,9 @@ class Selector(BaseModel):
 
 
 class DynamicSelector(Selector):
-    """A selector whose lists follow from queries and keys.
-
-    needs_lse: it wants the logsumexp of all keys; the step that builds its first list therefore runs dense.
-    """
+    """A selector whose lists follow from queries and keys."""
 
     static: ClassVar[bool] = False
-
-    @property
-    def needs_lse(self) -> bool:
-        return False
 
     def select(
         self,

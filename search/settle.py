@@ -46,8 +46,8 @@ def knapsack(found: Findings, cost: Cost) -> tuple[Problem, float]:
     for number, candidate in enumerate(found.candidates):
         call = cost.seconds(number, candidate, densities[:, :, number], heads, found.tokens)
         own = sparse * call + cost.select[number] * found.refreshes * found.branches
-        if getattr(candidate.selector, "needs_lse", False):
-            # The first sparse step of each branch runs dense by our own kernel, for its lse.
+        if candidate.selector.needs_lse and not (found.dense_calls and found.schedule.dense_by == "own"):
+            # No dense step of our own kernel lends its lse: the first sparse step of each branch runs dense for it.
             own = own + found.branches * np.maximum(cost.dense / heads - call, 0)
         seconds[:, :, number] = own
     layouts = [candidate.layout for candidate in found.candidates]

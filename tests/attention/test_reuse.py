@@ -101,6 +101,34 @@ def test_precise_runs_dense_once_and_takes_its_lse_again(chosen):
     assert run.reuse._bytes()["lse"] == 0, "no refresh follows: nothing needs it"
 
 
+def test_a_dense_step_of_our_own_kernel_lends_its_lse(chosen):
+    schedule = Schedule(dense_until=0.8, dense_by="own", refresh_at=(0.5,))
+    run = run_of(Window(frames=1), Precise(density=0.2), schedule=schedule)
+    first, later = qkv_of(0), qkv_of(1)
+    torch.testing.assert_close(call(run, first, 0.9), dense(first))
+    assert chosen == []
+    sparse = call(run, later, 0.7)
+    assert run.density() < 0.75, "no second dense call"
+    # Heads 0 and 2 are the window's.
+    (_, lse) = chosen[0]
+    torch.testing.assert_close(lse, (first[0] @ first[1].mT * DIM**-0.5).logsumexp(-1)[:, 1:2])
+    assert not torch.allclose(sparse[:, 1], dense(later)[:, 1], atol=1e-3)
+    call(run, later, 0.4)
+    assert torch.equal(chosen[1][1], lse), "taken again by the refresh"
+    assert run.reuse._bytes()["lse"] == 0, "and given up: no refresh follows"
+
+    fresh = run_of(Window(frames=1), Precise(density=0.2), schedule=schedule)
+    call(fresh, first, 0.9, branch="cond")
+    out = call(fresh, later, 0.7, branch="uncond")
+    torch.testing.assert_close(out[:, 1], dense(later)[:, 1], msg="the other branch has lent nothing")
+
+
+def test_nothing_is_lent_where_no_list_wants_it():
+    run = run_of(TopK(density=0.2), schedule=Schedule(dense_until=0.8, dense_by="own"))
+    call(run, qkv_of(0), 0.9)
+    assert run.reuse.nbytes == 0
+
+
 def test_refresh_with_an_old_lse_chooses_what_the_new_keys_want():
     run = run_of(Precise(density=0.2), schedule=Schedule(refresh_at=(0.6,)))
     first = qkv_of(0)
