@@ -108,7 +108,6 @@ def test_a_dense_step_of_our_own_kernel_lends_its_lse(chosen):
     torch.testing.assert_close(call(run, first, 0.9), dense(first))
     assert chosen == []
     sparse = call(run, later, 0.7)
-    assert run.density() < 0.75, "no second dense call"
     # Heads 0 and 2 are the window's.
     (_, lse) = chosen[0]
     torch.testing.assert_close(lse, (first[0] @ first[1].mT * DIM**-0.5).logsumexp(-1)[:, 1:2])
