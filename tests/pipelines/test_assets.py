@@ -41,15 +41,14 @@ def test_diffusers_alone_loads_it(shapes: Any):
     assert unknown in stock.tokenizer("teal").input_ids
 
 
-@pytest.mark.parametrize("steps", [8, 10, 12, 16, 20, 30, 50])
-def test_the_shipped_plan_reads_less_than_half(shapes: Any, steps: int, list_density: float):
+@pytest.mark.parametrize("steps", [10, 12, 16, 20, 30, 50])
+def test_the_shipped_plan_reads_at_most_35_percent(shapes: Any, steps: int, list_density: float):
     path, plan = find_plan(shapes, GRID) or pytest.fail("no plan is shipped for shapes")
     assert plan.grid == GRID, path
     shapes.scheduler.set_timesteps(steps)
     levels = [float(timestep) / 1000 for timestep in shapes.scheduler.timesteps]
     dense = sum(plan.schedule.is_dense(level, step) for step, level in enumerate(levels)) / steps
-    # One of 30 % lost every fifth video that dense attention gets right: this one was chosen for what it keeps.
-    assert dense + (1 - dense) * list_density <= 0.45
+    assert dense + (1 - dense) * list_density <= 0.35
 
 
 @pytest.fixture(scope="module")
