@@ -62,8 +62,8 @@ def entries_of(candidates: Sequence[Candidate], grid: TokenGrid, device: torch.d
 class Call:
     """One attention call, as candidates see it: what several of them need is made once, when it is first needed.
 
-    every, turn: of each order's tiles of visual queries every so many-th is looked at, beginning with number
-    `turn % every`; all of them, and text and reference queries too, where `every` is 1.
+    rows: about how many visual queries are looked at; None = all of them, and text and reference queries too. Of each
+    order's tiles every so many-th is, and which of them goes by `turn`, so that calls that take turns see them all.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class Call:
         *,
         scale: float | None = None,
         key_log_weight: Tensor | None = None,
-        every: int = 1,
+        rows: int | None = None,
         turn: int = 0,
     ):
         self.sample, self.scale, self.key_log_weight = sample, scale, key_log_weight
-        self.every, self.turn = every, turn
+        visual = sum(segment.tokens for segment in sample.grid.visual)
+        self.every, self.turn = 1 if rows is None else max(1, -(-visual // rows)), turn
         self._tiles: dict[int, Tensor] = {}
         self._dense: dict[int, tuple[Tensor, Tensor]] = {}
         self._masses: dict[tuple[int, int], Tensor] = {}

@@ -140,6 +140,7 @@ def search(
     settings = {"steps": steps, "frames": frames, "height": height, "width": width, "guidance": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
     chosen = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
+    device = next(transformer.parameters()).device
     tried = with_dense(chosen or default_candidates())
 
     captured = capture_scores(
@@ -170,7 +171,7 @@ def search(
             heads=shape.heads,
             head_dim=shape.head_dim,
             dtype=captured.dtype,
-            device=next(transformer.parameters()).device,
+            device=device,
             report=lambda done, total: report("cost", done, total),
         ),
         cross_by=lambda: cross_by(transformer, captured.forwards),
@@ -206,7 +207,7 @@ def search(
         branches=captured.branches,
         refreshes=captured.refreshes,
         costs=cost.rows,
-        machine=surroundings(str(next(transformer.parameters()).device))["machine"],
+        machine=surroundings(str(device))["machine"],
     )
     problem, constant = knapsack(found, cost)
     sparse = max(found.calls - found.dense_calls, 1)

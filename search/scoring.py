@@ -17,6 +17,8 @@ from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from ..attention.schedule import Schedule
 from ..kernels.attend import attend
+from ..kernels.bitsets import BitList, to_bits
+from ..kernels.blocklist import BlockList
 from .capture import Sample
 from .entry import Call, Entry, entries_of
 from .findings import Candidate
@@ -86,8 +88,10 @@ class Journal:
 class ScoringRun(PlanRun):
     """A dense plan that holds every candidate against some of the calls on the way.
 
+    Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them.
+
     schedule: of the plan that is searched for; count: how many of its sparse steps are measured, spread over them.
-    takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `score`.
+    takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
     report: called after each scored call. cancelled: asked before each.
     """
 
@@ -108,10 +112,12 @@ class ScoringRun(PlanRun):
         self.rows, self.takes_part, self.report, self.cancelled = rows, takes_part, report, cancelled
         self.prompt = 0
         self.wanted: list[int] = []
+        self.builds: dict[int, int] = {}
         self.branches: list[str] = []
         self.grid: TokenGrid | None = None
         self.dtype: torch.dtype | None = None
         self._entries: dict[TokenGrid, list[Entry]] = {}
+        self._built: dict[tuple[int, int, str, int], list[BlockList | BitList | None]] = {}
         super().__init__(plan)
 
     def begin(self, noise_levels: Sequence[float] | None = None) -> None:
@@ -127,6 +133,10 @@ class ScoringRun(PlanRun):
                 )
             places = torch.linspace(0, len(sparse) - 1, min(self.count, len(sparse))).round().long().unique()
             self.wanted = [sparse[place] for place in places.tolist()]
+            epochs = {step: self.wanted_schedule.epoch(noise_levels[step]) for step in sparse}
+            # The step whose lists are read at each measured one: the first of its epoch.
+            self.builds = {step: next(one for one in sparse if epochs[one] == epochs[step]) for step in self.wanted}
+        self._built.clear()
 
     def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
         place = (self.prompt, call["step"], str(call["branch"]), call["layer"])
@@ -134,7 +144,14 @@ class ScoringRun(PlanRun):
             self.grid, self.dtype = call["grid"], query.dtype
         if place[2] not in self.branches:
             self.branches.append(place[2])
-        if call["step"] in self.wanted and call["grid"] is not None and place not in self.journal.scores:
+        # The steps to be measured that this one builds lists for, itself among them.
+        steps = [
+            step
+            for step, built in self.builds.items()
+            if built == call["step"] <= step and (place[0], step, *place[2:]) not in self.journal.scores
+        ]
+        measured = call["step"] in self.wanted and place not in self.journal.scores
+        if call["grid"] is not None and (steps or measured):
             if self.cancelled():
                 raise Cancelled
             if not bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
@@ -155,56 +172,62 @@ class ScoringRun(PlanRun):
             )
             if sample.grid not in self._entries:
                 self._entries[sample.grid] = entries_of(self.candidates, sample.grid, query.device)
+            entries = self._entries[sample.grid]
             with torch.no_grad():
-                found = score(
-                    sample,
-                    self._entries[sample.grid],
-                    call.get("scale"),
-                    call.get("key_log_weight"),
-                    rows=self.rows,
-                    turn=self._turn(sample),
-                )
-            self.journal.add(
-                Score(
-                    prompt=self.prompt,
-                    step=sample.step,
-                    branch=sample.branch,
-                    layer=sample.layer,
-                    noise_level=sample.noise_level,
-                    **found,
-                )
-            )
-            self.report()
+                for step in steps:
+                    if step != sample.step:
+                        one = self._call(sample, call, step)
+                        self._built[place[0], step, *place[2:]] = [_kept(one, entry) for entry in entries]
+                if measured:
+                    lists = self._built.pop(place, None)
+                    found = score(self._call(sample, call, sample.step), entries, lists)
+                    self.journal.add(
+                        Score(
+                            prompt=self.prompt,
+                            step=sample.step,
+                            branch=sample.branch,
+                            layer=sample.layer,
+                            noise_level=sample.noise_level,
+                            **found,
+                        )
+                    )
+                    self.report()
         return super().attend_layer(query, key, value, **call)
 
-    def _turn(self, sample: Sample) -> int:
-        """A number of the call among those of its layer, the same whenever it is made."""
-        own = self.wanted.index(sample.step) * 2 + self.branches.index(sample.branch)
-        return self.prompt * 2 * len(self.wanted) + own
+    def _call(self, sample: Sample, given: dict[str, Any], step: int) -> Call:
+        """The call as it is looked at to measure a step: calls of a layer take turns, the same whenever they
+        are made."""
+        own = self.wanted.index(step) * 2 + self.branches.index(sample.branch)
+        return Call(
+            sample,
+            scale=given.get("scale"),
+            key_log_weight=given.get("key_log_weight"),
+            rows=self.rows,
+            turn=self.prompt * 2 * len(self.wanted) + own,
+        )
+
+
+def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
+    """An entry's list in the smaller of its forms, to be read at a later step; None of static ones."""
+    if entry.blocks is not None:
+        return None
+    blocks = call.select(entry)
+    return min(blocks, to_bits(blocks, call.pyramid(entry)), key=lambda form: form.nbytes)
 
 
 def score(
-    sample: Sample,
-    entries: Sequence[Entry],
-    scale: float | None = None,
-    key_log_weight: Tensor | None = None,
-    *,
-    rows: int | None = None,
-    turn: int = 0,
+    call: Call, entries: Sequence[Entry], lists: Sequence[BlockList | BitList | None] | None = None
 ) -> dict[str, Any]:
-    """The parts of a `Score` that the tensors tell, each as lists [heads][candidates].
+    """The parts of a `Score` that a call's tensors tell, each as lists [heads][candidates].
 
-    rows: of about how many queries; None = all of them. Then every so many-th tile of each order is measured, and which
-    of them goes by `turn`, so that calls of a layer that take turns see them all. Errors are the worst of a batch's
-    items. Those that read everything are what errors are held against: theirs is 0.
+    lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. Errors are the
+    worst of a batch's items. Those that read everything are what errors are held against: theirs is 0.
     """
-    visual = sum(segment.tokens for segment in sample.grid.visual)
-    every = 1 if rows is None else max(1, -(-visual // rows))
-    call = Call(sample, scale=scale, key_log_weight=key_log_weight, every=every, turn=turn)
+    sample = call.sample
     heads = sample.query.shape[1]
     columns: dict[str, list[list[float]]] = {"errors": [], "recalls": [], "densities": []}
     exact: dict[int, tuple[Tensor, Tensor]] = {}
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if isinstance(entry.candidate.selector, Dense):
             for name, value in (("errors", 0.0), ("recalls", 1.0), ("densities", 1.0)):
                 columns[name].append([value] * heads)
@@ -214,10 +237,11 @@ def score(
             places = held[held >= 0].long()
             exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
         places, dense = exact[entry.queries]
-        blocks = call.select(entry)
+        built = lists[number] if lists else None
+        blocks = built.to_list() if isinstance(built, BitList) else built or call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
-        out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=scale)
+        out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)
         off = (out[:, :, places].float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:

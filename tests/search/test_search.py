@@ -30,7 +30,7 @@ from ziggurat.search.candidates import default_candidates, load_candidates, to_t
 from ziggurat.search.capture import Sample
 from ziggurat.search.choose import Problem, choose
 from ziggurat.search.compose import layer_plan
-from ziggurat.search.entry import entries_of
+from ziggurat.search.entry import Call, entries_of
 from ziggurat.search.findings import Candidate, Findings
 from ziggurat.search.measured import Measured
 from ziggurat.search.prove import cheapest
@@ -94,7 +94,7 @@ def test_planted_patterns_give_those_families_back():
         Candidate(selector=Precise(density=0.2, by="error"), rest="pooled", order=raster, **layout),
     ]
     tried = with_dense([*others, *wanted])
-    found = score(planted(grid), entries_of(tried, grid))
+    found = score(Call(planted(grid)), entries_of(tried, grid))
     # What the cost model knows: lists that look at queries and keys take time to build.
     built = np.array([0.0 if one.selector.static else 0.1 for one in tried])
     problem = Problem(
@@ -110,8 +110,8 @@ def test_planted_patterns_give_those_families_back():
     assert [str(tried[number]) for number in choice.picks[0]] == [str(one) for one in wanted]
 
 
-def random_sample(grid: TokenGrid, *, heads: int = 2, head_dim: int = 16) -> Sample:
-    generator = torch.Generator().manual_seed(1)
+def random_sample(grid: TokenGrid, seed: int = 1, *, heads: int = 2, head_dim: int = 16) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, heads, grid.tokens, head_dim, generator=generator) for _ in range(3))
     return Sample(source="captured", query=query, key=key, value=value, grid=grid)
 
@@ -133,7 +133,7 @@ def test_scores_are_those_of_attention_itself():
     grid = TokenGrid.video(3, 7, 5)
     sample = random_sample(grid)
     tried = with_dense(EVERY_KIND)
-    found = score(sample, entries_of(tried, grid))
+    found = score(Call(sample), entries_of(tried, grid))
     query, key, value = sample.query, sample.key, sample.value
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     shares = torch.softmax(query @ key.mT / 4, -1)
@@ -163,13 +163,61 @@ def test_scores_are_those_of_attention_itself():
     assert [row[frame_by_frame] for row in found["recalls"]] == pytest.approx(recall.tolist(), abs=1e-5)
 
 
+def test_dynamic_lists_are_as_old_as_the_schedule_leaves_them(tmp_path: Path):
+    """A score at a step is the error of the plan's own run, whose lists an earlier step may have built."""
+    grid, levels, schedule = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2], Schedule(dense_until=0.95)
+    schedule = schedule.model_copy(update={"refresh_at": (0.5,)})
+    tried = with_dense([FEW[3], FEW[2], Candidate(selector=LogLinear(keep=1), tile=32, block=16)])
+    samples = [random_sample(grid, seed) for seed in range(len(levels))]
+    run = scoring.ScoringRun(
+        Plan.dense(model_class="X", config_hash="0", layers=1, heads=2, head_dim=16, grid=(1, 1, 1)),
+        tried,
+        scoring.Journal(tmp_path / "scores", {}),
+        schedule=schedule,
+        count=4,
+        rows=None,
+        takes_part=lambda level: True,
+        report=lambda: None,
+        cancelled=lambda: False,
+    )
+    plans = [
+        Plan(
+            **{"model_class": "X", "heads": 2, "head_dim": 16, "grid": (3, 7, 5), "schedule": schedule},
+            layers=(LayerPlan(groups=(one.group.model_copy(update={"entries": (entry,)}),)),),
+        )
+        for one in tried
+        for entry in [one.entry.model_copy(update={"heads": (0, 1)})]
+    ]
+    own = [PlanRun(plan) for plan in plans]
+    for each in (run, *own):
+        each.begin(levels)
+    assert run.wanted == [1, 2, 3, 4]
+    assert run.builds == {1: 1, 2: 1, 3: 3, 4: 3}
+    wanted: dict[int, list[list[float]]] = {}
+    for step, (level, sample) in enumerate(zip(levels, samples, strict=True)):
+        qkv = sample.query, sample.key, sample.value
+        call = {"layer": 0, "noise_level": level, "step": step, "branch": "cond", "grid": grid}
+        run.attend_layer(*qkv, **call)
+        exact = torch.nn.functional.scaled_dot_product_attention(*qkv)
+        outputs = [each.attend_layer(*qkv, **call) for each in own]
+        if step:
+            off = [(out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3)) for out in outputs if out is not None]
+            wanted[step] = torch.stack(off)[:, 0].T.tolist()
+    found = {score.step: score.errors for score in run.journal.scores.values()}
+    assert found.keys() == wanted.keys()
+    for step in wanted:
+        assert np.allclose(found[step], wanted[step], atol=1e-5), step
+    fresh = score(Call(samples[2]), entries_of(tried, grid))["errors"]
+    assert not np.allclose(found[2], fresh, atol=1e-2)
+
+
 def test_of_long_sequences_tiles_take_turns():
     """Together the turns measure every query once: their squared errors add up to those of all."""
     grid = TokenGrid.video(4, 8, 8)
     sample = random_sample(grid)
     entries = entries_of(EVERY_KIND, grid)
-    whole = score(sample, entries)
-    turns = [score(sample, entries, rows=64, turn=turn) for turn in range(4)]
+    whole = score(Call(sample), entries)
+    turns = [score(Call(sample, rows=64, turn=turn), entries) for turn in range(4)]
     assert [part["rows"] for part in turns] == [64] * 4
     norms = np.array([part["norms"] for part in turns])[:, :, None]
     off = ((np.array([part["errors"] for part in turns]) * norms) ** 2).sum(0)
@@ -185,8 +233,8 @@ def test_text_is_read_and_counted_but_not_sampled():
     grid = TokenGrid.video(4, 8, 8, text_after=40)
     sample = random_sample(grid)
     entries = entries_of(EVERY_KIND, grid)
-    whole = score(sample, entries)
-    turns = [score(sample, entries, rows=100, turn=turn) for turn in range(3)]
+    whole = score(Call(sample), entries)
+    turns = [score(Call(sample, rows=100, turn=turn), entries) for turn in range(3)]
     assert sum(part["rows"] for part in turns) == 256
     assert whole["rows"] == 296
     # Two tiles or three of eight are of equal weight where all tiles read equally much.
@@ -259,9 +307,10 @@ def test_what_is_scored_is_what_attention_received(wan, tmp_path: Path, monkeypa
             seen.append((query.clone(), key.clone(), value.clone()))
         return sdpa(query, key, value, *args, **kwargs)
 
-    def keep(sample, *given, **more):
+    def keep(call, *given, **more):
+        sample = call.sample
         scored.append((sample.step, sample.branch, sample.layer, sample.query, sample.key, sample.value))
-        return original(sample, *given, **more)
+        return original(call, *given, **more)
 
     original = scoring.score
     monkeypatch.setattr(scoring, "score", keep)
