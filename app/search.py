@@ -106,7 +106,8 @@ def search(
     from ..search import run as searching
     from ..search.prompts import read_prompts
 
-    asked = {"dense_until": dense_until, "refresh_at": tuple(refresh_at) if refresh_at else None}
+    falling = tuple(sorted(set(refresh_at), reverse=True)) if refresh_at else None
+    asked = {"dense_until": dense_until, "refresh_at": falling}
     schedule = searching.SCHEDULE.model_copy(update={name: at for name, at in asked.items() if at is not None})
     begun = time.monotonic()
     pipe: Any = load(model, dtype=dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.bitsets import BitList, to_bits
+from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList
 from ..kernels.listops import all_blocks
 from .call import GroupCall
@@ -149,7 +149,7 @@ class Reuse:
             old = before.lse[number] if before is not None else None
             blocks, lse = self._build(call, number, heads, old, exact)
             densities.append(blocks.density(call.pyramid))
-            lists.append(min(blocks, to_bits(blocks, call.pyramid), key=lambda form: form.nbytes))
+            lists.append(smaller(blocks, call.pyramid))
             lses.append(None if call.final else lse)
         kept = _Lists(epoch=call.epoch, stamp=call.stamp, lists=lists, densities=densities, lse=lses)
         self._lists.pop((branch, call.place), None)
@@ -243,9 +243,9 @@ class Reuse:
             return self._ready[key]
         lists = []
         for static, form in zip(call.prepared.lists, kept.lists, strict=True):
-            blocks = form.to_list() if isinstance(form, BitList) else form or static
+            blocks = form or static
             assert blocks is not None
-            lists.append(blocks)
+            lists.append(as_list(blocks))
         whole = joined(lists, call.group)
         if self._lists.get(key) is kept and self._held(key[0]) + whole.nbytes <= self.max_bytes // 2:
             self._ready[key] = whole

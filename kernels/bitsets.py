@@ -78,3 +78,13 @@ def to_bits(blocks: BlockList, pyramid: KVPyramid) -> BitList:
         columns=columns,
         block=blocks.block,
     )
+
+
+def smaller(blocks: BlockList, pyramid: KVPyramid) -> BlockList | BitList:
+    """The list in whichever of its two forms takes less memory: to be kept."""
+    return min(blocks, to_bits(blocks, pyramid), key=lambda form: form.nbytes)
+
+
+def as_list(form: BlockList | BitList) -> BlockList:
+    """The list that was kept."""
+    return form.to_list() if isinstance(form, BitList) else form

@@ -76,6 +76,8 @@ def capture_scores(
     if not resume:
         journal_path.unlink(missing_ok=True)
     header = {
+        # A journal that scored lists built anew at every step is another search's.
+        "lists": "as old as the schedule leaves them",
         "shape": asdict(shape),
         "prompts": list(prompts),
         "candidates": [candidate.model_dump(mode="json") for candidate in candidates],

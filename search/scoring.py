@@ -17,7 +17,7 @@ from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from ..attention.schedule import Schedule
 from ..kernels.attend import attend
-from ..kernels.bitsets import BitList, to_bits
+from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList
 from .capture import Sample
 from .entry import Call, Entry, entries_of
@@ -211,8 +211,7 @@ def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
     """An entry's list in the smaller of its forms, to be read at a later step; None of static ones."""
     if entry.blocks is not None:
         return None
-    blocks = call.select(entry)
-    return min(blocks, to_bits(blocks, call.pyramid(entry)), key=lambda form: form.nbytes)
+    return smaller(call.select(entry), call.pyramid(entry))
 
 
 def score(
@@ -238,7 +237,7 @@ def score(
             exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
         places, dense = exact[entry.queries]
         built = lists[number] if lists else None
-        blocks = built.to_list() if isinstance(built, BitList) else built or call.select(entry)
+        blocks = as_list(built) if built is not None else call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
         out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)

@@ -81,6 +81,19 @@ def test_what_can_not_be_reached_exits_with_the_nearest(asked, tmp_path, capsys)
     Plan.load(out / "plan.json")
 
 
+def test_refresh_levels_reach_the_schedule_falling(asked, tmp_path, monkeypatch):
+    given = []
+
+    def ended(*_, schedule, **__):
+        given.append(schedule.refresh_at)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "search", ended)
+    call(*asked, "--out", tmp_path / "levels", "--refresh-at", "0.3", "--refresh-at", "0.8")
+    call(*asked, "--out", tmp_path / "levels")
+    assert given == [(0.8, 0.3), searching.SCHEDULE.refresh_at]
+
+
 def test_an_ended_search_says_what_it_keeps(asked, tmp_path, capsys, monkeypatch):
     def ended(*_, **__):
         raise KeyboardInterrupt

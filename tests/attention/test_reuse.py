@@ -242,13 +242,13 @@ def test_joined_lists_are_kept_while_there_is_room_and_give_way_first():
     assert narrow.reuse.unkept == 0
     assert len(narrow.reuse._lists) == 4
     assert len(narrow.reuse._ready) < 4, "no more than half of the cap"
-    full = run_of(TopK(density=0.2), Window(frames=1), layers=2, max_cache_bytes=2 * together, correction="rho")
-    full.reuse.max_bytes = 2 * together
+    full = run_of(TopK(density=0.2), Window(frames=1), layers=2, max_cache_bytes=2 * together)
     call(full, qkv_of(0))
-    full.reuse.max_bytes = full.reuse.nbytes + lists
+    assert len(full.reuse._ready) == 1
+    full.reuse.max_bytes = full.reuse.nbytes + lists - 1
     call(full, qkv_of(0), layer=1)
-    assert full.reuse.nbytes <= full.reuse.max_bytes
-    assert len(full.reuse._lists) == 2
+    assert not full.reuse._ready
+    assert (len(full.reuse._lists), full.reuse.unkept) == (2, 0)
 
 
 def test_the_smaller_form_is_kept():

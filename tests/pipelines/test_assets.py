@@ -41,14 +41,15 @@ def test_diffusers_alone_loads_it(shapes: Any):
     assert unknown in stock.tokenizer("teal").input_ids
 
 
-@pytest.mark.parametrize("steps", [10, 12, 16, 20, 30, 50])
-def test_the_shipped_plan_reads_at_most_35_percent(shapes: Any, steps: int, list_density: float):
+# Of 8 steps two are dense: a quarter.
+@pytest.mark.parametrize(("steps", "most"), [(8, 0.4), *((steps, 0.35) for steps in (10, 12, 16, 20, 30, 50))])
+def test_the_shipped_plan_reads_at_most_35_percent(shapes: Any, steps: int, most: float, list_density: float):
     path, plan = find_plan(shapes, GRID) or pytest.fail("no plan is shipped for shapes")
     assert plan.grid == GRID, path
     shapes.scheduler.set_timesteps(steps)
     levels = [float(timestep) / 1000 for timestep in shapes.scheduler.timesteps]
     dense = sum(plan.schedule.is_dense(level, step) for step, level in enumerate(levels)) / steps
-    assert dense + (1 - dense) * list_density <= 0.35
+    assert dense + (1 - dense) * list_density <= most
 
 
 @pytest.fixture(scope="module")

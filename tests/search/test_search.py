@@ -165,8 +165,8 @@ def test_scores_are_those_of_attention_itself():
 
 def test_dynamic_lists_are_as_old_as_the_schedule_leaves_them(tmp_path: Path):
     """A score at a step is the error of the plan's own run, whose lists an earlier step may have built."""
-    grid, levels, schedule = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2], Schedule(dense_until=0.95)
-    schedule = schedule.model_copy(update={"refresh_at": (0.5,)})
+    grid, levels = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2]
+    schedule = Schedule(dense_until=0.95, refresh_at=(0.5,))
     tried = with_dense([FEW[3], FEW[2], Candidate(selector=LogLinear(keep=1), tile=32, block=16)])
     samples = [random_sample(grid, seed) for seed in range(len(levels))]
     run = scoring.ScoringRun(
