@@ -126,7 +126,8 @@ def test_jobs_outlive_the_app(line):
 
 def finished(studio: Any, form: Form, wait_until: Any) -> Job:
     job = studio.submit(form)
-    wait_until(lambda: job.ended, what=lambda: job)
+    # Through the queue's lock: a job ends a moment before its file is written.
+    wait_until(lambda: studio.queue.get(job.id).ended, what=lambda: job)
     assert job.made, job.error
     return job
 
