@@ -170,7 +170,7 @@ class PlanRun:
         groups, numbers = self.plan.layers[layer].groups, self._numbers[layer]
         lends = False
         if exact := schedule.is_dense(noise_level, step):
-            lends = self.plan.layers[layer].needs_lse
+            lends = self.plan.layers[layer].needs_lse and not schedule.is_over(noise_level)
             groups, numbers = (self._everything,), [EVERYTHING]
         for index, group in enumerate(groups):
             queries, keys, values = (_pick_heads(tensor, group.heads) for tensor in (query, key, value))

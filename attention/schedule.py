@@ -88,8 +88,12 @@ class Schedule(BaseModel):
         """Whether a step runs dense. Raises ValueError for a noise level outside 0 ... 1."""
         if not (isfinite(noise_level) and 0 <= noise_level <= 1):
             raise ValueError(f"noise_level must lie in 0 ... 1, got {noise_level}: divide by num_train_timesteps")
-        early, late = noise_level > self.dense_until + TOLERANCE, noise_level < self.dense_from - TOLERANCE
-        return early or late or step < self.dense_first_steps
+        early = noise_level > self.dense_until + TOLERANCE
+        return early or self.is_over(noise_level) or step < self.dense_first_steps
+
+    def is_over(self, noise_level: float) -> bool:
+        """Whether this step and all that follow run dense."""
+        return noise_level < self.dense_from - TOLERANCE
 
     def epoch(self, noise_level: float) -> int:
         """How many refresh levels the noise has reached: a list built in an earlier epoch is rebuilt."""

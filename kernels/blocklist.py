@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .checks import check_list
 from .pyramid import KVPyramid, padded_range
+
+_Form = TypeVar("_Form")
 
 ALL = -1
 """The count of a tile that reads every level-0 block."""
@@ -104,10 +106,7 @@ class BlockList:
 
     def to(self, device: torch.device) -> BlockList:
         """The list on a device; itself, with what backends remember on it, where it is there already."""
-        if self.start.device == device:
-            return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return self if self.start.device == device else moved(self, device)
 
     def rows_touched(self, pyramid: KVPyramid) -> Tensor:
         """Rows in the blocks each tile reads, masked and padding rows included: int64 [B|1, H|1, T]."""
@@ -132,6 +131,12 @@ class BlockList:
         if key not in self.memo:
             check_list(self, pyramid.blocks, queries)
             self.memo[key] = True
+
+
+def moved(form: _Form, device: torch.device) -> _Form:
+    """A dataclass with its tensors on a device."""
+    tensors = {name: value for name, value in vars(form).items() if isinstance(value, Tensor)}
+    return replace(form, **{name: tensor.to(device) for name, tensor in tensors.items()})  # pyright: ignore[reportArgumentType]
 
 
 def mask_words(block: int) -> int:

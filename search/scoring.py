@@ -18,7 +18,7 @@ from ..attention.run import PlanRun
 from ..attention.schedule import Schedule
 from ..kernels.attend import attend
 from ..kernels.bitsets import BitList, as_list, smaller
-from ..kernels.blocklist import BlockList
+from ..kernels.blocklist import BlockList, moved
 from .capture import Sample
 from .entry import Call, Entry, entries_of
 from .findings import Candidate
@@ -208,10 +208,11 @@ class ScoringRun(PlanRun):
 
 
 def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
-    """An entry's list in the smaller of its forms, to be read at a later step; None of static ones."""
+    """An entry's list, to be read at a later step, in the smaller of its forms and in the CPU's memory: many wait.
+    None of static ones."""
     if entry.blocks is not None:
         return None
-    return smaller(call.select(entry), call.pyramid(entry))
+    return moved(smaller(call.select(entry), call.pyramid(entry)), torch.device("cpu"))
 
 
 def score(
@@ -237,7 +238,7 @@ def score(
             exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
         places, dense = exact[entry.queries]
         built = lists[number] if lists else None
-        blocks = as_list(built) if built is not None else call.select(entry)
+        blocks = as_list(moved(built, sample.query.device)) if built is not None else call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
         out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)

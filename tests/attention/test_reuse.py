@@ -122,9 +122,10 @@ def test_a_dense_step_of_our_own_kernel_lends_its_lse(chosen):
     torch.testing.assert_close(out[:, 1], dense(later)[:, 1], msg="the other branch has lent nothing")
 
 
-def test_nothing_is_lent_where_no_list_wants_it():
-    run = run_of(TopK(density=0.2), schedule=Schedule(dense_until=0.8, dense_by="own"))
-    call(run, qkv_of(0), 0.9)
+@pytest.mark.parametrize(("selector", "noise_level"), [(TopK(density=0.2), 0.9), (Precise(density=0.2), 0.1)])
+def test_nothing_is_lent_where_no_list_wants_it(selector: Selector, noise_level: float):
+    run = run_of(selector, schedule=Schedule(dense_until=0.8, dense_from=0.2, dense_by="own"))
+    call(run, qkv_of(0), noise_level)
     assert run.reuse.nbytes == 0
 
 
