@@ -21,7 +21,7 @@ from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
 from .findings import Candidate
 from .scoring import Journal, Score, ScoringRun
-from .sensitivity import Forward, kept_forwards
+from .sensitivity import Forward, kept_forwards, step_shares
 
 JOURNAL = "scores.jsonl"
 
@@ -30,8 +30,9 @@ JOURNAL = "scores.jsonl"
 class Captured:
     """grid: of the visual segment. noise_levels: of all steps; measured: the steps that were scored. calls: of one
     layer in a run, of which dense_calls at steps that the schedule keeps dense; branches: calls at a step. refreshes:
-    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb. text_length: text
-    tokens in the sequence of self-attention, None where there are none.
+    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb; shares: the weight
+    of each measured step in the video, see `step_shares`. text_length: text tokens in the sequence of self-attention,
+    None where there are none.
     """
 
     grid: tuple[int, int, int]
@@ -45,6 +46,7 @@ class Captured:
     refreshes: int
     scores: list[Score]
     forwards: list[Forward]
+    shares: dict[int, float]
     text_length: int | None
     guidance: float | None
 
@@ -145,7 +147,8 @@ def capture_scores(
     per_step = round(status.calls / len(own))
     dense = sum(schedule.is_dense(level, step) for step, level in own)
     actions = schedule.steps(levels)
-    refreshes = {schedule.epoch(level) for step, level in own if actions[step] != "dense"}
+    sparse = [step for step, _ in own if actions[step] != "dense"]
+    refreshes = {schedule.epoch(levels[step]) for step in sparse}
     texts = sum(segment.tokens for segment in grid.segments if segment.kind == "text")
     return Captured(
         grid=grid.visual[0].grid,
@@ -159,6 +162,7 @@ def capture_scores(
         refreshes=len(refreshes),
         scores=scores,
         forwards=kept,
+        shares=step_shares(levels, sparse, run.wanted),
         text_length=texts or None,
         guidance=guidance,
     )

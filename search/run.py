@@ -163,7 +163,12 @@ def search(
         folder / MEASURED,
         resume=resume,
         sensitivities=lambda: sensitivities(
-            pipe, transformer, captured.forwards, passes, lambda done, total: report("sensitivity", done, total)
+            pipe,
+            transformer,
+            captured.forwards,
+            passes,
+            captured.shares,
+            lambda done, total: report("sensitivity", done, total),
         ),
         cost=lambda: measure(
             tried,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ from ziggurat.search.findings import Candidate, Findings
 from ziggurat.search.measured import Measured
 from ziggurat.search.prove import cheapest
 from ziggurat.search.scoring import Cancelled
-from ziggurat.search.sensitivity import kept_forwards, sensitivities
+from ziggurat.search.sensitivity import kept_forwards, sensitivities, step_shares
 
 FEW = [
     Candidate(selector=Dense(), tile=32, block=16),
@@ -169,18 +171,36 @@ def test_sensitivities_tell_a_layer_that_matters(wan):
         wan.transformer.blocks[1].attn1.to_out[0].weight.mul_(1e-3)
     with kept_forwards(wan.transformer, lambda: (0,), lambda: 0) as forwards:
         wan("a", num_frames=9, height=32, width=48, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    first, second = sensitivities(wan, wan.transformer, forwards, 3)
+    first, second = sensitivities(wan, wan.transformer, forwards, 3, {0: 1.0})
     assert first > 20 * second > 0
 
 
-def test_sensitivities_of_many_layers_are_those_of_some(wan):
-    with kept_forwards(wan.transformer, lambda: (0,), lambda: 0) as forwards:
-        wan("a", num_frames=9, height=32, width=48, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+def test_sensitivities_of_few_forwards_stand_for_all(wan):
+    call = {"num_frames": 9, "height": 32, "width": 48, "guidance_scale": 1.0, "output_type": "latent"}
+    calls = iter(range(9))
+    with kept_forwards(wan.transformer, lambda: range(9), lambda: next(calls)) as forwards:
+        wan("a", num_inference_steps=3, **call)
+    assert [forward.step for forward in forwards] == [0, 1, 2]
+    alone = [np.array(sensitivities(wan, wan.transformer, [forward], 3, {forward.step: 1.0})) for forward in forwards]
+    shares = {0: 0.5, 1: 0.3, 2: 0.2}
+    every = sensitivities(wan, wan.transformer, forwards, 9, shares)
+    assert np.allclose(every, sum(shares[step] * alone[step] for step in shares))
     told: list[tuple[int, int]] = []
-    found = sensitivities(wan, wan.transformer, forwards * 3, 6, lambda *what: told.append(what))
-    # Two layers and one run as it is, for two of the three forwards.
+    few = sensitivities(wan, wan.transformer, forwards, 6, shares, lambda *what: told.append(what))
+    # Two layers and one run as it is, for two of the three forwards: the first two stand together.
     assert told[-1] == (6, 6)
-    assert found == pytest.approx(sensitivities(wan, wan.transformer, forwards, 3))
+    assert np.allclose(few, 0.8 * alone[1] + 0.2 * alone[2])
+
+
+def test_shares_of_steps_are_the_growth_of_the_signal():
+    levels = [0.99, 0.9, 0.7, 0.4, 0.2]
+    assert step_shares(levels, [1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(
+        {step: math.log(growth) / math.log(10) for step, growth in zip([1, 2, 3, 4], [3, 2, 4 / 3, 1.25], strict=True)}
+    )
+    # A step that is not measured gives its weight to the nearest that is, of two to the earlier.
+    assert step_shares(levels, [1, 2, 3, 4], [1, 3]) == pytest.approx(
+        {1: math.log(6) / math.log(10), 3: math.log(5 / 3) / math.log(10)}
+    )
 
 
 def test_of_two_experts_the_one_asked_for_is_searched(experts_folder, tiny_wan, tmp_path: Path):
