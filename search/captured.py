@@ -21,7 +21,7 @@ from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
 from .findings import Candidate
 from .scoring import Journal, Score, ScoringRun
-from .sensitivity import Forward, kept_forwards, step_shares
+from .sensitivity import Forward, kept_forwards, middle_steps
 
 JOURNAL = "scores.jsonl"
 
@@ -30,9 +30,8 @@ JOURNAL = "scores.jsonl"
 class Captured:
     """grid: of the visual segment. noise_levels: of all steps; measured: the steps that were scored. calls: of one
     layer in a run, of which dense_calls at steps that the schedule keeps dense; branches: calls at a step. refreshes:
-    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb; shares: the weight
-    of each measured step in the video, see `step_shares`. text_length: text tokens in the sequence of self-attention,
-    None where there are none.
+    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb. text_length: text
+    tokens in the sequence of self-attention, None where there are none.
     """
 
     grid: tuple[int, int, int]
@@ -46,7 +45,6 @@ class Captured:
     refreshes: int
     scores: list[Score]
     forwards: list[Forward]
-    shares: dict[int, float]
     text_length: int | None
     guidance: float | None
 
@@ -62,6 +60,7 @@ def capture_scores(
     settings: dict[str, Any],
     noise_steps: int,
     rows: int | None,
+    forwards: int,
     schedule: Schedule,
     seed: int,
     resume: bool,
@@ -71,7 +70,7 @@ def capture_scores(
     """Run the prompts dense, and score every candidate on some of the calls.
 
     Scores go to a journal in the folder as they come: with `resume`, those that are there are not made again, nor is
-    the run of a prompt, beside the first, whose scores are all there.
+    the run of a prompt, beside the first, whose scores are all there. forwards: how many of the transformer's to keep.
     Raises ValueError for a sequence that is not one video, and where nothing was called.
     """
     journal_path = folder / JOURNAL
@@ -113,11 +112,15 @@ def capture_scores(
     )
     clock = RunClock(pipe)
     hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
+
+    def kept_steps() -> list[int]:
+        return middle_steps(run.noise_levels or (), run.sparse, forwards)
+
     given = model_settings(pipe)
     guidance: float | None = None
     kept: list[Forward] = []
     try:
-        with kept_forwards(transformer, lambda: run.wanted, lambda: clock.step) as forwards:
+        with kept_forwards(transformer, kept_steps, lambda: clock.step) as found:
             for number, prompt in enumerate(prompts):
                 own = sum(score.prompt == number for score in journal.scores.values())
                 if number and own == len(run.wanted) * len(run.branches) * shape.layers:
@@ -131,7 +134,7 @@ def capture_scores(
                 total = len(prompts) * max(len(run.wanted), 1) * max(len(run.branches), 1) * shape.layers
                 if number == 0:
                     # One prompt's forwards tell enough, and more would only be held.
-                    kept = list(forwards)
+                    kept = list(found)
     finally:
         hooks.remove()
         clock.release()
@@ -146,9 +149,7 @@ def capture_scores(
     own = [(step, level) for step, level in enumerate(levels) if run.takes_part(level)]
     per_step = round(status.calls / len(own))
     dense = sum(schedule.is_dense(level, step) for step, level in own)
-    actions = schedule.steps(levels)
-    sparse = [step for step, _ in own if actions[step] != "dense"]
-    refreshes = {schedule.epoch(levels[step]) for step in sparse}
+    refreshes = {schedule.epoch(levels[step]) for step in run.sparse}
     texts = sum(segment.tokens for segment in grid.segments if segment.kind == "text")
     return Captured(
         grid=grid.visual[0].grid,
@@ -162,7 +163,6 @@ def capture_scores(
         refreshes=len(refreshes),
         scores=scores,
         forwards=kept,
-        shares=step_shares(levels, sparse, run.wanted),
         text_length=texts or None,
         guidance=guidance,
     )

@@ -24,7 +24,7 @@ from .pictures import draw_all
 from .prompts import default_prompts
 from .prove import Prover, cheapest
 from .scoring import ROWS, Cancelled
-from .sensitivity import sensitivities
+from .sensitivity import forwards_within, sensitivities
 from .settle import bounded, front, gathered, knapsack, steadiness
 
 SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.75,))
@@ -153,6 +153,7 @@ def search(
         settings=settings,
         noise_steps=noise_steps,
         rows=rows,
+        forwards=forwards_within(passes, shape.layers),
         schedule=schedule,
         seed=seed,
         resume=resume,
@@ -163,12 +164,7 @@ def search(
         folder / MEASURED,
         resume=resume,
         sensitivities=lambda: sensitivities(
-            pipe,
-            transformer,
-            captured.forwards,
-            passes,
-            captured.shares,
-            lambda done, total: report("sensitivity", done, total),
+            pipe, transformer, captured.forwards, passes, lambda done, total: report("sensitivity", done, total)
         ),
         cost=lambda: measure(
             tried,

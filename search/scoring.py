@@ -111,6 +111,7 @@ class ScoringRun(PlanRun):
         self.candidates, self.journal, self.wanted_schedule, self.count = candidates, journal, schedule, count
         self.rows, self.takes_part, self.report, self.cancelled = rows, takes_part, report, cancelled
         self.prompt = 0
+        self.sparse: list[int] = []
         self.wanted: list[int] = []
         self.builds: dict[int, int] = {}
         self.branches: list[str] = []
@@ -125,7 +126,7 @@ class ScoringRun(PlanRun):
         if noise_levels:
             dense = self.wanted_schedule.is_dense
             own = [(step, level) for step, level in enumerate(noise_levels) if self.takes_part(level)]
-            sparse = [step for step, level in own if not dense(level, step)]
+            self.sparse = sparse = [step for step, level in own if not dense(level, step)]
             if not sparse:
                 raise ValueError(
                     f"schedule leaves none of the transformer's {len(own)} steps of this run sparse: give more steps, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,11 +25,10 @@ EPSILON = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """The arguments of one forward of a transformer, and the denoising step that it was made at."""
+    """The arguments of one forward of a transformer."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    step: int = 0
 
 
 @contextmanager
@@ -42,7 +41,7 @@ def kept_forwards(transformer: nn.Module, wanted: Callable[[], Collection[int]],
         now = step()
         if now in wanted() and now not in seen:
             seen.add(now)
-            found.append(Forward(args=args, kwargs=dict(kwargs), step=now))
+            found.append(Forward(args=args, kwargs=dict(kwargs)))
 
     hook = transformer.register_forward_hook(keep, with_kwargs=True)
     try:
@@ -51,21 +50,18 @@ def kept_forwards(transformer: nn.Module, wanted: Callable[[], Collection[int]],
         hook.remove()
 
 
-def step_shares(noise_levels: Sequence[float], sparse: Sequence[int], measured: Sequence[int]) -> dict[int, float]:
-    """How much an error of the prediction at each measured step weighs in the finished video: shares that add up to 1.
+def middle_steps(noise_levels: Sequence[float], sparse: Sequence[int], count: int) -> list[int]:
+    """So many of the sparse steps (fewer where two fall together) that stand, evenly, for what errors do to the video.
 
     A step at noise level s moves the latents by the fall of s, but what goes wrong early grows while the video takes
     shape, about as its signal 1 - s does. Layers of `shapes` perturbed in a stretch of steps of a whole run moved the
     finished latents by 0.5 to 0.9 times the change of the predictions there times the growth of log(1 - s), whether
-    early or late. So that growth is a step's weight, and every sparse step gives its own to the nearest measured one.
+    early or late. So the way that log(1 - s) goes is cut into equal parts, and the steps in their middles are taken.
     """
-    signal = [max(1 - level, 1e-3) for level in (*noise_levels, 0.0)]
-    weights = dict.fromkeys(measured, 0.0)
-    for step in sparse:
-        nearest = min(measured, key=lambda one: (abs(one - step), one))
-        weights[nearest] += float(np.log(signal[step + 1] / signal[step]))
-    total = sum(weights.values()) or 1.0
-    return {step: weight / total for step, weight in weights.items()}
+    signal = np.log([max(1 - level, 1e-3) for level in (*noise_levels, 0.0)])
+    way = np.cumsum([0.0, *(max(signal[step + 1] - signal[step], 1e-9) for step in sparse)])
+    middles = (np.arange(count) + 0.5) / count * way[-1]
+    return [sparse[place] for place in np.unique(np.searchsorted(way, middles) - 1).tolist()]
 
 
 class _Perturbed(PlanRun):
@@ -91,29 +87,27 @@ class _Perturbed(PlanRun):
         return out + noise * (EPSILON * sizes[0] / sizes[1].clamp(min=1e-12)).to(out.dtype)
 
 
+def forwards_within(passes: int, layers: int) -> int:
+    """Of how many forwards sensitivities can be measured: each takes a pass as it is, and one for every layer."""
+    return max(1, passes // (layers + 1))
+
+
 def sensitivities(
     pipe: Any,
     transformer: nn.Module,
     forwards: Sequence[Forward],
     passes: int,
-    shares: Mapping[int, float],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """For each layer ‖change of the prediction‖ / ‖prediction‖, per unit of relative error of its attention's output.
 
-    Each forward is run as it is, and once for every layer; the mean over forwards counts, each weighed by its step's
-    share: see `step_shares`. As many of the forwards are taken as `passes` allow, spread over all, with the shares of
-    those beside them. Of a model with too many layers even for one, those measured are spread from the first to the
-    last, and the others take what lies between their neighbours' logarithms.
+    Each forward is run as it is, and once for every layer; the mean over forwards counts. Of a model with more layers
+    than `passes` allow, those measured are spread from the first to the last, and the others take what lies between
+    their neighbours' logarithms.
     """
     shape = model_shape(transformer)
-    count = min(shape.layers, max(passes - 1, 2))
+    count = min(shape.layers, max(passes // len(forwards) - 1, 2))
     measured = np.unique(np.linspace(0, shape.layers - 1, count).round().astype(int)).tolist()
-    most = min(len(forwards), max(1, passes // (len(measured) + 1)))
-    # Each stands for a stretch of them, from its middle.
-    stretches = [list(stretch) for stretch in np.array_split(np.arange(len(forwards)), most)]
-    weights = [sum(shares[forwards[number].step] for number in stretch) for stretch in stretches]
-    forwards = [forwards[stretch[len(stretch) // 2]] for stretch in stretches]
     run = _Perturbed(Plan.dense(grid=(1, 1, 1), **asdict(shape)))
     clock = RunClock(pipe)
     hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
@@ -130,7 +124,7 @@ def sensitivities(
                     base = other
                 else:
                     change = float((other - base).norm() / base.norm() / EPSILON)
-                    moved[layer] += change * weights[number] / sum(weights)
+                    moved[layer] += change / len(forwards)
                 report(number * (len(measured) + 1) + place + 1, total)
     finally:
         hooks.remove()

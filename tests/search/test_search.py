@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ziggurat.search.findings import Candidate, Findings
 from ziggurat.search.measured import Measured
 from ziggurat.search.prove import cheapest
 from ziggurat.search.scoring import Cancelled
-from ziggurat.search.sensitivity import kept_forwards, sensitivities, step_shares
+from ziggurat.search.sensitivity import kept_forwards, middle_steps, sensitivities
 
 FEW = [
     Candidate(selector=Dense(), tile=32, block=16),
@@ -171,36 +170,34 @@ def test_sensitivities_tell_a_layer_that_matters(wan):
         wan.transformer.blocks[1].attn1.to_out[0].weight.mul_(1e-3)
     with kept_forwards(wan.transformer, lambda: (0,), lambda: 0) as forwards:
         wan("a", num_frames=9, height=32, width=48, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    first, second = sensitivities(wan, wan.transformer, forwards, 3, {0: 1.0})
+    first, second = sensitivities(wan, wan.transformer, forwards, 3)
     assert first > 20 * second > 0
 
 
-def test_sensitivities_of_few_forwards_stand_for_all(wan):
+def test_sensitivities_are_the_mean_over_forwards(wan):
     call = {"num_frames": 9, "height": 32, "width": 48, "guidance_scale": 1.0, "output_type": "latent"}
     calls = iter(range(9))
-    with kept_forwards(wan.transformer, lambda: range(9), lambda: next(calls)) as forwards:
+    with kept_forwards(wan.transformer, lambda: (0, 2), lambda: next(calls)) as forwards:
         wan("a", num_inference_steps=3, **call)
-    assert [forward.step for forward in forwards] == [0, 1, 2]
-    alone = [np.array(sensitivities(wan, wan.transformer, [forward], 3, {forward.step: 1.0})) for forward in forwards]
-    shares = {0: 0.5, 1: 0.3, 2: 0.2}
-    every = sensitivities(wan, wan.transformer, forwards, 9, shares)
-    assert np.allclose(every, sum(shares[step] * alone[step] for step in shares))
+    alone = [np.array(sensitivities(wan, wan.transformer, [forward], 3)) for forward in forwards]
     told: list[tuple[int, int]] = []
-    few = sensitivities(wan, wan.transformer, forwards, 6, shares, lambda *what: told.append(what))
-    # Two layers and one run as it is, for two of the three forwards: the first two stand together.
+    every = sensitivities(wan, wan.transformer, forwards, 6, lambda *what: told.append(what))
+    # Two layers and one run as it is, for two forwards.
     assert told[-1] == (6, 6)
-    assert np.allclose(few, 0.8 * alone[1] + 0.2 * alone[2])
+    assert np.allclose(every, (alone[0] + alone[1]) / 2)
+    assert not np.allclose(alone[0], alone[1])
 
 
-def test_shares_of_steps_are_the_growth_of_the_signal():
-    levels = [0.99, 0.9, 0.7, 0.4, 0.2]
-    assert step_shares(levels, [1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(
-        {step: math.log(growth) / math.log(10) for step, growth in zip([1, 2, 3, 4], [3, 2, 4 / 3, 1.25], strict=True)}
-    )
-    # A step that is not measured gives its weight to the nearest that is, of two to the earlier.
-    assert step_shares(levels, [1, 2, 3, 4], [1, 3]) == pytest.approx(
-        {1: math.log(6) / math.log(10), 3: math.log(5 / 3) / math.log(10)}
-    )
+def test_forwards_stand_in_the_middles_of_equal_growth_of_the_signal():
+    levels = [0.999, 0.98, 0.9, 0.0]
+    # The signal grows fivefold in the first of two sparse steps, and tenfold in the second.
+    assert middle_steps(levels, [1, 2], 1) == [2]
+    assert middle_steps(levels, [1, 2], 2) == [1, 2]
+    assert middle_steps(levels, [0, 1, 2], 9) == [0, 1, 2]
+    # It doubles from each step to the next, and nearly twice in the last.
+    assert middle_steps([1 - 0.001 * 2**step for step in range(9)], range(1, 9), 2) == [3, 7]
+    # What a step to no noise at all brings is finite.
+    assert middle_steps([1.0, 0.5], [0, 1], 2) == [0]
 
 
 def test_of_two_experts_the_one_asked_for_is_searched(experts_folder, tiny_wan, tmp_path: Path):
