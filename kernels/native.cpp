@@ -10,11 +10,10 @@ float lay_unit(const Call& call, int64_t entry, int64_t head, int64_t unit) {
     const int64_t D = call.padded_dim, index = (entry * call.heads + head) * call.blocks * call.block_units + unit;
     alignas(64) Element keys[LANES * MOST_DIM], values[LANES * MOST_DIM];
     read_unit<Kind>(call, entry, head, unit, keys, values, call.unit_weight + index * LANES);
-    float longest = 0;
-    for (int64_t lane = 0; lane < LANES; ++lane) longest = larger(longest, squared<Kind>(keys + lane * D, D));
-    lay_along<Kind>(keys, D, static_cast<Element*>(call.key_units) + index * D * LANES);
+    Element* along = static_cast<Element*>(call.key_units) + index * D * LANES;
+    lay_along<Kind>(keys, D, along);
     lay_across<Kind>(values, D, static_cast<Element*>(call.value_units) + index * D * LANES);
-    return longest;
+    return longest_of<Kind>(along, D);
 }
 
 template <class Kind>

@@ -56,6 +56,12 @@ struct Single {
     static __m512 multiply_add(__m512 sum, const float* one, __m512 many) {
         return _mm512_fmadd_ps(_mm512_set1_ps(*one), many, sum);
     }
+    static __m512 add_squares(__m512 sum, const float* from) {
+        const __m512 x = _mm512_loadu_ps(from);
+        return _mm512_fmadd_ps(x, x, sum);
+    }
+    // Sixteen elements, zeros where the mask is not set.
+    static void keep(float* to, const float* from, __mmask16 mask) { _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, from)); }
     using Register = __m512;
     static Register panel(const float* from) { return _mm512_load_ps(from); }
     // All bits of a step's rows that `shown` names, the first in bit 0, and none of the others'.
@@ -86,6 +92,13 @@ struct Brain {
         const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
         const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
         _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    static __m512 add_squares(__m512 sum, const uint16_t* from) {
+        const __m512bh x = (__m512bh)_mm512_loadu_si512(from);
+        return _mm512_dpbf16_ps(sum, x, x);
+    }
+    static void keep(uint16_t* to, const uint16_t* from, __mmask16 mask) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
     }
     using Register = __m512i;
     static Register panel(const uint16_t* from) { return _mm512_load_si512(from); }
@@ -149,6 +162,7 @@ template <class Element>
 struct Row {
     const Element *key = nullptr, *value = nullptr;
 
+    Row() = default;
     Row(const Call& call, int64_t entry, int64_t head, int64_t row) {
         const int64_t level = call.level_blocks * call.block;
         const bool fine = row < level;
@@ -163,12 +177,62 @@ struct Row {
     }
 };
 
-// Sixteen rows of D elements as a unit, whose products are summed over D: [D / step][row][step].
+// A row of `head_dim` elements, or none at all, with zeros up to D.
+template <class Element>
+void lay_row(const Element* from, int64_t head_dim, int64_t D, Element* to) {
+    const int64_t held = from ? head_dim : 0;
+    if (held) std::memcpy(to, from, held * sizeof(*to));
+    if (held < D) std::memset(to + held, 0, (D - held) * sizeof(*to));
+}
+
+// Of 16 rows of 32-bit words, `stride` apart, `count` columns (16 or fewer), each as the 16 words of a register.
+inline void transpose(const int32_t* rows, int64_t stride, int64_t count, int32_t* to) {
+    __m512i a[LANES], b[LANES];
+    const __mmask16 held = (1u << count) - 1;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) a[i] = _mm512_maskz_loadu_epi32(held, rows + i * stride);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < LANES; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    // Then a[4 i + j] holds in its quarter q column 4 q + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < 2; ++j) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+        const __m512i even[2] = {_mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88)};
+        const __m512i odd[2] = {_mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd)};
+        b[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i)
+        if (i < count) _mm512_storeu_si512(to + i * LANES, b[i]);
+}
+
+// Sixteen rows of D elements as a unit, whose products are summed over D: [D / step][row][step], a step being 32 bits.
 template <class Kind>
 void lay_along(const typename Kind::Element* rows, int64_t D, typename Kind::Element* to) {
-    for (int64_t d = 0; d < D; d += Kind::step)
-        for (int64_t lane = 0; lane < LANES; ++lane)
-            std::memcpy(to + d * LANES + lane * Kind::step, rows + lane * D + d, Kind::step * sizeof(*to));
+    const int64_t words = D / Kind::step;
+    for (int64_t first = 0; first < words; first += LANES)
+        transpose(reinterpret_cast<const int32_t*>(rows) + first, words, std::min(LANES, words - first), reinterpret_cast<int32_t*>(to) + first * LANES);
+}
+
+// The largest square of the length of a unit's rows, laid along; NaN if any is.
+template <class Kind>
+float longest_of(const typename Kind::Element* unit, int64_t D) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t at = 0; at < D * LANES; at += LANES * Kind::step) sum = Kind::add_squares(sum, unit + at);
+    const __mmask16 strange = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+    return strange ? NAN : _mm512_reduce_max_ps(sum);
 }
 
 // Sixteen rows of D elements as a unit, whose products are summed over the rows: [D / 16][row / step][column][step].
@@ -185,17 +249,13 @@ void read_unit(const Call& call, int64_t entry, int64_t head, int64_t unit, type
                typename Kind::Element* values, float* weights) {
     const int64_t first = unit % call.block_units * LANES, D = call.padded_dim;
     const float* weight = call.weight + entry * call.weight_stride[0] + head * call.weight_stride[1];
-    std::memset(keys, 0, LANES * D * sizeof(*keys));
-    std::memset(values, 0, LANES * D * sizeof(*values));
     for (int64_t lane = 0; lane < LANES; ++lane) {
         const int64_t row = unit / call.block_units * call.block + first + lane;
         const bool live = first + lane < call.block && weight[row] > NOTHING;
         weights[lane] = live ? weight[row] * static_cast<float>(M_LOG2E) : NOTHING;
-        if (!live) continue;
-        const Row<typename Kind::Element> from(call, entry, head, row);
-        if (!from.key) continue;
-        std::memcpy(keys + lane * D, from.key, call.head_dim * sizeof(*keys));
-        std::memcpy(values + lane * D, from.value, call.head_dim * sizeof(*values));
+        const Row<typename Kind::Element> from = live ? Row<typename Kind::Element>(call, entry, head, row) : Row<typename Kind::Element>();
+        lay_row(from.key, call.head_dim, D, keys + lane * D);
+        lay_row(from.value, call.head_dim, D, values + lane * D);
     }
 }
 

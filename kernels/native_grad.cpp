@@ -130,13 +130,12 @@ struct GradWorker {
             // What a row mask hides may hold NaN, which even a weight of 0 would spread.
             Element* copies[3];
             for (int64_t i = 0; i < 3; ++i) copies[i] = patched + (3 * units + i) * size;
-            for (int64_t lane = 0; lane < LANES; ++lane)
-                for (int64_t d = 0; d < D; ++d) {
-                    const bool kept = mask >> lane & 1;
-                    copies[0][lane * D + d] = kept ? keys[units][lane * D + d] : Element(0);
-                    copies[1][lane * D + d] = kept ? values[units][lane * D + d] : Element(0);
-                    copies[2][d * LANES + lane] = kept ? columns[units][d * LANES + lane] : Element(0);
-                }
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const bool kept = mask >> lane & 1;
+                lay_row(kept ? keys[units] + lane * D : nullptr, D, D, copies[0] + lane * D);
+                lay_row(kept ? values[units] + lane * D : nullptr, D, D, copies[1] + lane * D);
+            }
+            for (int64_t d = 0; d < D; ++d) Kind::keep(copies[2] + d * LANES, columns[units] + d * LANES, mask);
             _mm512_storeu_ps(weights + units * LANES, _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), mask, _mm512_loadu_ps(weight[units])));
             keys[units] = copies[0], values[units] = copies[1], columns[units] = copies[2], weight[units] = weights + units * LANES;
         }

@@ -56,6 +56,14 @@ STAGES = (
         grids=((0.14, FULL), (0.14, LONG), (0.2, MEDIUM), (0.2, SHORT), (0.16, STILL), (0.16, PART)),
         cooldown=3000,
     ),
+    # A clip of full length that is not quite decided shows a second object for a few frames.
+    FlowStage(
+        name="long",
+        steps=4000,
+        grids=((0.36, FULL), (0.25, LONG), (0.15, MEDIUM), (0.1, SHORT), (0.07, STILL), (0.07, PART)),
+        learning_rate=1.2e-3,
+        cooldown=3500,
+    ),
     FlowStage(
         name="planned",
         steps=2200,
