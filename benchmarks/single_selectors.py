@@ -20,6 +20,7 @@ from ziggurat.pipelines.generate import generate
 from ziggurat.pipelines.plans import find_plan, model_shape
 from ziggurat.pipelines.record import surroundings
 from ziggurat.pipelines.settings import model_settings
+from ziggurat.pipelines.shapes.card import recipe_of
 from ziggurat.pipelines.shapes.evaluate import all_block_plan, evaluate
 from ziggurat.search.bench import PROMPTS, captured
 from ziggurat.search.single import ALONE, single_plan
@@ -37,7 +38,8 @@ pooled rest reads, on {captions} held-out captions at {steps} steps. Lost: of th
 right, those that the plan gets wrong; dense videos are made by our own kernel with all blocks, some 53 dB from stock's.
 PSNR and SSIM are medians against them, with the same seeds. Seconds are medians of {timed} videos in rounds, beside
 {stock:.1f} s of stock diffusers and {own:.1f} s of our own kernel reading all blocks, in those rounds too. Plans run
-cross-attention by our kernel, and so does the latter.
+cross-attention by our kernel, and so does the latter. The checkpoint is the one whose training ended with
+"{trained}" (see [its card](../assets/shapes/README.md)).
 
 | plan | list density | right | lost | PSNR, dB | SSIM | seconds | of stock | of all blocks |
 |---|---|---|---|---|---|---|---|---|
@@ -104,7 +106,8 @@ def table() -> None:
             report=told,
         )
         print(path.stem, results[path.stem]["lost"], results[path.stem]["fidelity"]["psnr"], flush=True)
-    FIGURES.write_text(json.dumps({"steps": steps, "plans": results, **surroundings()}, indent=1) + "\n")
+    said = {"steps": steps, "trained": recipe_of(ROOT / "assets" / "shapes"), "plans": results}
+    FIGURES.write_text(json.dumps({**said, **surroundings()}, indent=1) + "\n")
 
 
 def times() -> None:
@@ -138,6 +141,7 @@ def page() -> None:
         timed=TIMED,
         stock=stock,
         own=own,
+        trained=said["trained"][-1],
     )
     for name, result in said["plans"].items():
         right, lost, near = result["sparse"]["all"], result["lost"], result["fidelity"]

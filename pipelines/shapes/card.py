@@ -30,7 +30,7 @@ It was trained by `ziggurat train shapes` on clips rendered on the fly, {begun},
 
 def card(recipe: Sequence[str], start: Path | None) -> str:
     """The card of a newly trained model. recipe: a line for each stage; start: the checkpoint it went on from."""
-    before = _recipe(start) if start is not None else []
+    before = recipe_of(start) if start is not None else []
     begun = "from nothing" if before or start is None else f"going on from {start.name}, whose card tells no stages"
     lines = "\n".join(f"- {line}" for line in [*before, *recipe])
     return CARD.format(recipe=lines, begun=begun, grammar=GRAMMAR, held_out=len(held_out_scenes()))
@@ -60,7 +60,7 @@ def _score(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _recipe(start: Path) -> list[str]:
+def recipe_of(start: Path) -> list[str]:
     """The stages that a checkpoint's own card tells."""
     path = start / "README.md"
     told = path.read_text().partition(SCORE)[0] if path.exists() else ""
