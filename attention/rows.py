@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.blocklist import moved
 from .grid import Segment, TokenGrid
 from .order import TokenOrder
 
@@ -58,8 +59,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on another device."""
-        names = ("query_rows", "key_rows", "tile_segment", "block_segment", "local")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return moved(self, device)
 
     def of_tiles(self, tiles: Tensor) -> Layout:
         """The layout of some of the query tiles, int64 [n] in rising order, over all keys."""

@@ -133,7 +133,7 @@ class BlockList:
             self.memo[key] = True
 
 
-def moved(form: _Form, device: torch.device) -> _Form:
+def moved(form: _Form, device: torch.device | str) -> _Form:
     """A dataclass with its tensors on a device."""
     tensors = {name: value for name, value in vars(form).items() if isinstance(value, Tensor)}
     return replace(form, **{name: tensor.to(device) for name, tensor in tensors.items()})  # pyright: ignore[reportArgumentType]

@@ -85,6 +85,8 @@ def capture_scores(
         "settings": json.loads(json.dumps(settings)),
         "noise_steps": noise_steps,
         "rows": rows,
+        # Sensitivities, which are kept beside the journal, were measured on so many, at the steps of `middle_steps`.
+        "forwards": forwards,
         "schedule": schedule.model_dump(mode="json"),
         "seed": seed,
         "dtype": str(next(transformer.parameters()).dtype),

@@ -213,7 +213,7 @@ def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
     None of static ones."""
     if entry.blocks is not None:
         return None
-    return moved(smaller(call.select(entry), call.pyramid(entry)), torch.device("cpu"))
+    return moved(smaller(call.select(entry), call.pyramid(entry)), "cpu")
 
 
 def score(

@@ -58,6 +58,8 @@ def middle_steps(noise_levels: Sequence[float], sparse: Sequence[int], count: in
     finished latents by 0.5 to 0.9 times the change of the predictions there times the growth of log(1 - s), whether
     early or late. So the way that log(1 - s) goes is cut into equal parts, and the steps in their middles are taken.
     """
+    if not sparse:
+        return []
     signal = np.log([max(1 - level, 1e-3) for level in (*noise_levels, 0.0)])
     way = np.cumsum([0.0, *(max(signal[step + 1] - signal[step], 1e-9) for step in sparse)])
     middles = (np.arange(count) + 0.5) / count * way[-1]

@@ -246,4 +246,6 @@ def test_accelerate_launch_splits_the_items(wan_folder, tmp_path):
 
 
 def test_a_seat_that_never_started_can_be_stopped():
-    _Seat(None).stop()  # pyright: ignore[reportArgumentType]
+    seat = _Seat(None)  # pyright: ignore[reportArgumentType]
+    seat.stop()
+    assert (seat.process, seat.pipe) == (None, None)

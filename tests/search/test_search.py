@@ -196,6 +196,8 @@ def test_forwards_stand_in_the_middles_of_equal_growth_of_the_signal():
     assert middle_steps(levels, [0, 1, 2], 9) == [0, 1, 2]
     # It doubles from each step to the next, and nearly twice in the last.
     assert middle_steps([1 - 0.001 * 2**step for step in range(9)], range(1, 9), 2) == [3, 7]
+    # A run whose steps are not told has none.
+    assert middle_steps([], [], 3) == []
     # What a step to no noise at all brings is finite.
     assert middle_steps([1.0, 0.5], [0, 1], 2) == [0]
 
