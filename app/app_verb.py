@@ -55,13 +55,11 @@ def app(
     os.environ["GRADIO_TEMP_DIR"] = str(out.expanduser().resolve() / "uploads")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     quiet_libraries()
-    import torch
-
-    from ..pipelines.loading import dtype_of
+    from ..pipelines.loading import default_device, dtype_of
     from .studio.pages.site import serve
     from .studio.studio import Studio
 
-    devices = device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    devices = device or [default_device()]
     dtype_of(dtype, devices[0])
     studio = Studio(out, model or ["shapes"], devices, dtype=dtype, offload=offload, most=waiting)
     page, address = serve(studio, host=host, port=port, share=share, auth=users or None)

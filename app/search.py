@@ -94,11 +94,12 @@ def search(
     Example: ziggurat search --model shapes --budget 0.3 --out runs/search
     """
     if write_candidates is not None:
+        from ..pipelines.loading import default_device
         from ..search.candidates import default_candidates, to_toml
 
         if write_candidates.exists():
             raise ValueError(f"{write_candidates} is there already: give a new name")
-        write_candidates.write_text(to_toml(default_candidates()))
+        write_candidates.write_text(to_toml(default_candidates(default_device())))
         note(f"candidates  {write_candidates}")
         return
     quiet_libraries()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from ..kernels.attend import attend
 from ..kernels.blocklist import BlockList
 from ..kernels.pyramid import KVPyramid
 from .grid import TokenGrid
-from .lists import Prepared, pyramid_heads
+from .lists import Places, Prepared, pyramid_heads
 from .plan import HeadGroup
 
 
@@ -50,14 +50,7 @@ class GroupCall:
         """Whose dynamic lists the call reads."""
         return None if self.shared else self.branch
 
-    def entry_heads(self) -> Iterator[slice]:
-        """Each entry's heads, as a range of the group's."""
-        stop = 0
-        for entry in self.group.entries:
-            start, stop = stop, stop + len(entry.heads)
-            yield slice(start, stop)
-
-    def attend(self, blocks: BlockList, heads: slice | None = None) -> tuple[Tensor, Tensor]:
+    def attend(self, blocks: BlockList, heads: Places | None = None) -> tuple[Tensor, Tensor]:
         query = self.query if heads is None else self.query[:, heads]
         pyramid = self.pyramid if heads is None else pyramid_heads(self.pyramid, heads)
         return attend(query, pyramid, blocks, scale=self.scale, backend=self.backend, compute_dtype=self.compute_dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from .rows import Layout, lay_out
 MAX_GRIDS = 4
 """Grids whose static lists are kept; where models join text and video, prompts of other lengths make other grids."""
 
+Places = slice | list[int]
+"""An index of some of a group's heads: a range where they are a run, else their numbers."""
+
 PER_TILE = ("start", "count", "masked_count", "mask_start")
 TENSORS = (*PER_TILE, "pool", "row_masks", "query_rows")
 
@@ -29,14 +34,17 @@ TENSORS = (*PER_TILE, "pool", "row_masks", "query_rows")
 class Prepared:
     """A head group on one grid and device: each entry's layout and, if static, its list; all joined if all are static.
 
-    key_rows: int32 [1 or heads of the group, R0]. factors: of the group's pyramid.
+    key_rows: int32 [1 or heads of the group, R0]. factors: of the group's pyramid. heads: each entry's, as an index of
+    the group's. memo: `build_pyramid`'s.
     """
 
     layouts: tuple[Layout, ...]
     lists: tuple[BlockList | None, ...]
     factors: tuple[int, ...]
     key_rows: Tensor
+    heads: tuple[Places, ...]
     blocks: BlockList | None
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,11 +80,11 @@ class ListCache:
             if all(torch.equal(item, rows[0]) for item in rows[1:]):
                 key_rows = rows[0]
             else:
-                sizes = [len(entry.heads) for entry in group.entries]
-                key_rows = torch.cat([item.expand(size, -1) for item, size in zip(rows, sizes, strict=True)])
+                key_rows = torch.stack([rows[entry][0] for entry, _ in by_place(group)])
             static = [blocks for blocks in lists if blocks is not None]
             blocks = joined(static, group) if len(static) == len(lists) else None
-            kept.groups[number] = Prepared(layouts, lists, factors, key_rows, blocks)
+            heads = tuple(_index(places) for places in group.places())
+            kept.groups[number] = Prepared(layouts, lists, factors, key_rows, heads, blocks)
         return kept.groups[number]
 
     @property
@@ -123,14 +131,11 @@ class ListCache:
 
 def joined(lists: Sequence[BlockList], group: HeadGroup) -> BlockList:
     """One list for all heads of a group, from one list per entry; heads of one static entry share its pool."""
-    sizes = [len(entry.heads) for entry in group.entries]
-    if len(lists) == 1:
+    if len(lists) == 1 and group.entries[0].heads == group.heads:
         return lists[0]
     whole = concat(lists)
-    owners, first = [], 0
-    for blocks, size in zip(lists, sizes, strict=True):
-        owners += [first + head % blocks.heads for head in range(size)]
-        first += blocks.heads
+    first = list(itertools.accumulate((blocks.heads for blocks in lists), initial=0))
+    owners = [first[entry] + head % lists[entry].heads for entry, head in by_place(group)]
     index = torch.tensor(owners, device=whole.start.device)
     rows = whole.query_rows
     return replace(
@@ -138,6 +143,21 @@ def joined(lists: Sequence[BlockList], group: HeadGroup) -> BlockList:
         **{name: getattr(whole, name).index_select(1, index) for name in PER_TILE},
         query_rows=rows if rows.shape[0] == 1 else rows.index_select(0, index),
     )
+
+
+def by_place(group: HeadGroup) -> list[tuple[int, int]]:
+    """Of each head of the group, in order: its entry, and which of that entry's heads it is."""
+    return [
+        owner
+        for _, owner in sorted(
+            (place, (number, head)) for number, places in enumerate(group.places()) for head, place in enumerate(places)
+        )
+    ]
+
+
+def _index(places: list[int]) -> Places:
+    run = slice(places[0], places[0] + len(places))
+    return run if places == list(range(run.start, run.stop)) else places
 
 
 def with_rest(blocks: BlockList, layout: Layout, factors: tuple[int, ...], entry: HeadPlan) -> BlockList:
@@ -149,8 +169,8 @@ def _tensors(blocks: BlockList) -> dict[str, Tensor]:
     return {name: getattr(blocks, name) for name in TENSORS}
 
 
-def pyramid_heads(pyramid: KVPyramid, heads: slice) -> KVPyramid:
-    """The pyramid of some of its heads, as views."""
+def pyramid_heads(pyramid: KVPyramid, heads: Places) -> KVPyramid:
+    """The pyramid of some of its heads, as views where they are a run."""
     return replace(
         pyramid,
         key=pyramid.key[:, heads],

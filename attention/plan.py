@@ -105,7 +105,13 @@ class HeadGroup(_Part):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        return tuple(head for entry in self.entries for head in entry.heads)
+        """In the model's order, so that most groups take theirs as they stand."""
+        return tuple(sorted(head for entry in self.entries for head in entry.heads))
+
+    def places(self) -> list[list[int]]:
+        """Where each entry's heads stand among the group's."""
+        place = {head: number for number, head in enumerate(self.heads)}
+        return [[place[head] for head in entry.heads] for entry in self.entries]
 
 
 class LayerPlan(_Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..kernels.blocklist import BlockList
 from ..kernels.listops import all_blocks
 from .call import GroupCall
 from .grid import TokenGrid
-from .lists import ListCache, joined, pyramid_heads, with_rest
+from .lists import ListCache, Places, joined, pyramid_heads, with_rest
 from .select import DynamicSelector
 
 MAX_CACHE_BYTES = 1 << 30
@@ -107,19 +108,21 @@ class Reuse:
         kept = self._refreshed(call, exact)
         entries = call.group.entries
         if len(exact) == len(entries) and not call.group.corrected:
-            out = torch.cat([exact[number][0] for number in range(len(entries))], 1)
+            out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+            for number, heads in enumerate(call.prepared.heads):
+                out[:, heads] = exact[number][0]
         else:
             out, lse = call.attend(self._whole(call, kept))
             if call.lends:
                 self._lend(call, lse.detach())
-            parts = []
-            for number, heads in enumerate(call.entry_heads()):
-                part = out[:, heads]
-                if entries[number].correction != "none":
-                    part = self._corrected(call, number, heads, part, lse[:, heads], exact)
-                parts.append(exact[number][0] if number in exact else part)
-            out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        self._note()
+            if exact or call.group.corrected:
+                # A copy: autograd may need the output as it was.
+                out, plain = out.clone(), out
+                for number, heads in enumerate(call.prepared.heads):
+                    if entries[number].correction != "none":
+                        out[:, heads] = self._corrected(call, number, heads, plain[:, heads], lse[:, heads], exact)
+                    if number in exact:
+                        out[:, heads] = exact[number][0]
         total, sparse, density = len(call.group.heads), 0.0, 0.0
         for number, entry in enumerate(entries):
             if number not in exact:
@@ -139,7 +142,7 @@ class Reuse:
             return before
         lists: list[BlockList | BitList | None] = []
         densities, lses = [], []
-        for number, heads in enumerate(call.entry_heads()):
+        for number, heads in enumerate(call.prepared.heads):
             static = call.prepared.lists[number]
             if static is not None:
                 lists.append(None)
@@ -152,17 +155,15 @@ class Reuse:
             lists.append(smaller(blocks, call.pyramid))
             lses.append(None if call.final else lse)
         kept = _Lists(epoch=call.epoch, stamp=call.stamp, lists=lists, densities=densities, lse=lses)
-        self._lists.pop((branch, call.place), None)
         self._ready.pop((branch, call.place), None)
-        if self._fits(branch, kept.nbytes):
-            self._lists[branch, call.place] = kept
+        self._keep(self._lists, (branch, call.place), kept)
         return kept
 
     def _build(
         self,
         call: GroupCall,
         number: int,
-        heads: slice,
+        heads: Places,
         lse: Tensor | None,
         exact: dict[int, tuple[Tensor, Tensor]],
     ) -> tuple[BlockList, Tensor | None]:
@@ -180,25 +181,22 @@ class Reuse:
         return blocks, kept
 
     def _lend(self, call: GroupCall, lse: Tensor) -> None:
-        key = (call.branch, call.place[0])
-        lent = _Lent(stamp=call.stamp, lse=lse)
-        self._lent.pop(key, None)
-        if self._fits(call.branch, lent.nbytes):
-            self._lent[key] = lent
+        self._keep(self._lent, (call.branch, call.place[0]), _Lent(stamp=call.stamp, lse=lse))
 
-    def _borrowed(self, call: GroupCall, heads: slice) -> Tensor | None:
+    def _borrowed(self, call: GroupCall, heads: Places) -> Tensor | None:
         """The lse of an entry's heads at the layer's last dense step, where our own kernel ran it."""
         lent = self._lent.get((call.branch, call.place[0]))
         if lent is None or lent.stamp != call.stamp:
             return None
-        return lent.lse.index_select(1, torch.tensor(call.group.heads[heads], device=lent.lse.device))
+        whole = torch.tensor(call.group.heads, device=lent.lse.device)
+        return lent.lse.index_select(1, whole[heads])
 
     def reclaim(self, branch: Hashable, layer: int) -> None:
         """No list of the layer will be built any more."""
         self._lent.pop((branch, layer), None)
 
     def _exact(
-        self, call: GroupCall, number: int, heads: slice, exact: dict[int, tuple[Tensor, Tensor]]
+        self, call: GroupCall, number: int, heads: Places, exact: dict[int, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Output and lse of an entry's heads over all keys; computed once a call."""
         if number not in exact:
@@ -210,7 +208,7 @@ class Reuse:
         self,
         call: GroupCall,
         number: int,
-        heads: slice,
+        heads: Places,
         out: Tensor,
         lse: Tensor,
         exact: dict[int, tuple[Tensor, Tensor]],
@@ -226,9 +224,7 @@ class Reuse:
                 if call.group.entries[number].correction == "residual":
                     residual = full.detach() - rho[..., None].to(out.dtype) * out.detach()
             kept = _Correction(epoch=call.epoch, stamp=call.stamp, rho=rho, residual=residual)
-            self._corrections.pop(key, None)
-            if self._fits(call.branch, kept.nbytes):
-                self._corrections[key] = kept
+            self._keep(self._corrections, key, kept)
             return full
         scaled = kept.rho[..., None].to(out.dtype) * out
         return scaled if kept.residual is None else scaled + kept.residual
@@ -249,6 +245,7 @@ class Reuse:
         whole = joined(lists, call.group)
         if self._lists.get(key) is kept and self._held(key[0]) + whole.nbytes <= self.max_bytes // 2:
             self._ready[key] = whole
+            self._note()
         return whole
 
     def _density(self, call: GroupCall, kept: _Lists | None, number: int) -> float:
@@ -259,6 +256,13 @@ class Reuse:
         if "density" not in blocks.memo:
             blocks.memo["density"] = blocks.density(call.pyramid)
         return blocks.memo["density"]
+
+    def _keep(self, store: dict[tuple[Hashable, Hashable], Any], key: tuple[Hashable, Hashable], item: Any) -> None:
+        """Keep it in place of what was there before, if it fits."""
+        store.pop(key, None)
+        if self._fits(key[0], item.nbytes):
+            store[key] = item
+            self._note()
 
     def _fits(self, branch: Hashable, more: int) -> bool:
         if self._held(branch) + more > self.max_bytes:

@@ -179,7 +179,13 @@ class PlanRun:
                 log_weight = _pick_heads(log_weight, group.heads)
             prepared = self.lists.prepare(numbers[index], group, grid, query.device)
             pyramid = build_pyramid(
-                keys, values, prepared.key_rows, block=group.block, factors=prepared.factors, key_log_weight=log_weight
+                keys,
+                values,
+                prepared.key_rows,
+                block=group.block,
+                factors=prepared.factors,
+                key_log_weight=log_weight,
+                memo=prepared.memo,
             )
             call = GroupCall(
                 place=(layer, index),

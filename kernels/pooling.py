@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +16,29 @@ Means = tuple[Tensor, Tensor]
 
 
 def pool_levels(
-    key: Tensor, value: Tensor, key_rows: Tensor, log_weight: Tensor, factors: Sequence[int], sizes: Sequence[int]
+    key: Tensor,
+    value: Tensor,
+    key_rows: Tensor,
+    log_weight: Tensor,
+    factors: Sequence[int],
+    sizes: Sequence[int],
+    memo: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values [B, H, P, D] and log-weights [B|1, H|1, P] of the levels above 0, one behind the other.
 
     key, value: [B, H, N, D]. key_rows: int32 [H|1, R]. log_weight: of level 0, [B|1, H|1, R], -inf = unread.
-    factors: of these levels. sizes: their rows, those behind the last that covers any being padding.
+    factors: of these levels. sizes: their rows, those behind the last that covers any being padding. memo: keeps what
+    follows from log_weight, factors and sizes.
     """
     count = {factor: math.ceil(key_rows.shape[1] / factor) for factor in factors}
     size = dict(zip(factors, sizes, strict=True))
     levels: dict[int, tuple[Means, Tensor]] = {}
     if native_pool.takes(key, value):
-        levels = _at_once(key, value, key_rows, log_weight, native_pool.together(factors), size)
+        once = native_pool.together(factors)
+        if once:
+            shares, weights = memo["shares"] if "shares" in memo else _shares(log_weight, once, size)
+            memo["shares"] = shares, weights
+            levels = _at_once(key, value, key_rows, once, size, shares, weights)
     if len(levels) < len(factors):
         live = log_weight > -math.inf
         levels[1] = (gather_rows(key, key_rows, live), gather_rows(value, key_rows, live)), log_weight
@@ -41,19 +53,28 @@ def pool_levels(
     return keys, values, torch.cat([weight for _, weight in pooled], 2)
 
 
-def _at_once(
-    key: Tensor, value: Tensor, key_rows: Tensor, log_weight: Tensor, factors: Sequence[int], size: dict[int, int]
-) -> dict[int, tuple[Means, Tensor]]:
-    """Levels from level 0, by one pass over it."""
-    rows = key_rows.shape[1]
+def _shares(log_weight: Tensor, factors: Sequence[int], size: dict[int, int]) -> tuple[Tensor, list[Tensor]]:
+    """How much of its mean each row makes at each level, [levels, B|1, H|1, R], and each level's log-weights."""
+    rows = log_weight.shape[2]
     shares, weights = [], []
     for factor in factors:
         summed, share = _weigh(log_weight, factor, -(-rows // factor))
         shares.append(share.flatten(2)[..., :rows])
         weights.append(torch.nn.functional.pad(summed, (0, size[factor] - summed.shape[2]), value=-math.inf))
-    if not factors:
-        return {}
-    keys, values = native_pool.pool(key, value, key_rows, factors, torch.stack(shares), [size[f] for f in factors])
+    return torch.stack(shares), weights
+
+
+def _at_once(
+    key: Tensor,
+    value: Tensor,
+    key_rows: Tensor,
+    factors: Sequence[int],
+    size: dict[int, int],
+    shares: Tensor,
+    weights: list[Tensor],
+) -> dict[int, tuple[Means, Tensor]]:
+    """Levels from level 0, by one pass over it."""
+    keys, values = native_pool.pool(key, value, key_rows, factors, shares, [size[f] for f in factors])
     return {f: ((keys[i], values[i]), weights[i]) for i, f in enumerate(factors)}
 
 

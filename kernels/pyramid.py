@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ def build_pyramid(
     block: int = 64,
     factors: tuple[int, ...] = (1,),
     key_log_weight: Tensor | None = None,
+    memo: dict[str, Any] | None = None,
 ) -> KVPyramid:
     """Lay out keys and values in row order and mean-pool them into coarser levels; differentiable in key and value.
 
@@ -94,6 +96,7 @@ def build_pyramid(
     block: rows per block, positive.
     factors: strictly increasing, the first 1; level i has ceil(R0 / factors[i]) rows, padded to whole blocks.
     key_log_weight: [B|1, H|1, N], added to the level-0 log-weights; -inf masks a key. No gradient flows to it.
+    memo: given with the same key_rows, block and factors again, what follows from these alone is not made twice.
 
     Raises ValueError for shapes, dtypes or factors that do not fit.
     """
@@ -104,18 +107,20 @@ def build_pyramid(
         raise ValueError(
             f"key_rows must be [1 or {heads}, a multiple of block {block}], got {tuple(key_rows.shape)}: pad it with -1"
         )
-    if key_rows.numel() and (int(key_rows.min()) < -1 or int(key_rows.max()) >= tokens):
+    memo = {} if memo is None or key_log_weight is not None else memo
+    known = "weight" in memo
+    if not known and key_rows.numel() and (int(key_rows.min()) < -1 or int(key_rows.max()) >= tokens):
         raise ValueError(
             f"key_rows must lie in -1 … {tokens - 1}, got {int(key_rows.min())} … {int(key_rows.max())}: "
             "use -1 for padding"
         )
-    log_weight = _row_log_weight(key_rows, key_log_weight, key)
+    log_weight = memo["weight"] = memo["weight"] if known else _row_log_weight(key_rows, key_log_weight, key)
     level_rows = key_rows.shape[1]
     offsets = level_offsets(level_rows, factors, block)
     pooled_key = pooled_value = key.new_zeros(batch, heads, 0, head_dim)
     if len(factors) > 1:
         sizes = [end - begin for begin, end in itertools.pairwise(offsets)][1:]
-        pooled_key, pooled_value, weight = pool_levels(key, value, key_rows, log_weight, factors[1:], sizes)
+        pooled_key, pooled_value, weight = pool_levels(key, value, key_rows, log_weight, factors[1:], sizes, memo)
         log_weight = torch.cat([log_weight, weight], 2)
     return KVPyramid(
         key=key,

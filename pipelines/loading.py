@@ -26,6 +26,11 @@ def embedded_models() -> list[str]:
     return sorted(index.parent.name for index in root.glob("*/model_index.json"))
 
 
+def default_device() -> str:
+    """Where models go when nothing else is asked."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def fastest_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype, str]:
     """The dtype that matrix products run fastest in on this device, and why."""
     kind = torch.device(device or "cpu").type
@@ -120,7 +125,7 @@ def load(
             "offload moves weights between an accelerator and memory, but device is cpu: leave offload out"
         )
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     folder = find_model(model)
     try:
         pipe = DiffusionPipeline.from_pretrained(

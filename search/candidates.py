@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from ..attention.dense import Dense
@@ -20,14 +21,18 @@ ORDER = TokenOrder(name="hilbert")
 TEMPORAL = TokenOrder(name="temporal")
 
 
-def default_candidates(*, tile: int = 128, block: int = 16) -> list[Candidate]:
+def default_candidates(device: torch.device | str, *, block: int = 16) -> list[Candidate]:
     """Every selector's own candidates, dense among them, in Hilbert order, in which what is near in space and time is
     near in memory; windows over all frames in temporal order, which makes them one band, and strided ones in
     strided order.
 
     Static ones come with their rest pooled and dropped; dynamic ones by error, and pyramids, with it pooled, which they
     are made for, others as published. One tile and block, so that a layer's heads share a group.
+
+    Tiles are of 128 queries, which GPUs' kernels are at their best with, and on CPUs of 64: our kernel there is as fast
+    with them, and lists that fewer queries share leave 10 to 20 % less error at the same density.
     """
+    tile = 64 if torch.device(device).type == "cpu" else 128
     found = []
     for kind in SELECTORS.values():
         for selector in kind.candidates():

@@ -83,10 +83,10 @@ def capture_scores(
         "prompts": list(prompts),
         "candidates": [candidate.model_dump(mode="json") for candidate in candidates],
         "settings": json.loads(json.dumps(settings)),
-        "noise_steps": noise_steps,
-        "rows": rows,
-        # Sensitivities, which are kept beside the journal, were measured on so many, at the steps of `middle_steps`.
+        # Both at the steps of `middle_steps`; the sensitivities of so many forwards are kept beside the journal.
+        "middle_steps": noise_steps,
         "forwards": forwards,
+        "rows": rows,
         "schedule": schedule.model_dump(mode="json"),
         "seed": seed,
         "dtype": str(next(transformer.parameters()).dtype),

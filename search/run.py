@@ -102,7 +102,7 @@ def search(
         candidates: what to try for each head, or a TOML file of it.
         expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
             one alone.
-        noise_steps: how many denoising steps to measure at, spread over the sparse ones.
+        noise_steps: at how many of the sparse denoising steps to measure, those of `middle_steps`.
         rows: queries of a call that errors are measured on, about; calls of a layer take turns, so that they see all of
             the sequence between them. None = all queries of every call.
         passes: forwards of the transformer that sensitivities may take; of models with more layers some are measured.
@@ -141,7 +141,7 @@ def search(
     settings = {name: value for name, value in settings.items() if value is not None}
     chosen = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
     device = next(transformer.parameters()).device
-    tried = with_dense(chosen or default_candidates())
+    tried = with_dense(chosen or default_candidates(device))
 
     captured = capture_scores(
         pipe,

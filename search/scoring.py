@@ -22,6 +22,7 @@ from ..kernels.blocklist import BlockList, moved
 from .capture import Sample
 from .entry import Call, Entry, entries_of
 from .findings import Candidate
+from .sensitivity import middle_steps
 
 ROWS = 1024
 """Queries of a call that errors are measured on; of longer sequences a sample of their tiles."""
@@ -90,7 +91,7 @@ class ScoringRun(PlanRun):
 
     Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them.
 
-    schedule: of the plan that is searched for; count: how many of its sparse steps are measured, spread over them.
+    schedule: of the plan that is searched for; count: at how many of its sparse steps, those of `middle_steps`.
     takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
     report: called after each scored call. cancelled: asked before each.
     """
@@ -132,8 +133,7 @@ class ScoringRun(PlanRun):
                     f"schedule leaves none of the transformer's {len(own)} steps of this run sparse: give more steps, "
                     "or lower dense_until, dense_first_steps or dense_from"
                 )
-            places = torch.linspace(0, len(sparse) - 1, min(self.count, len(sparse))).round().long().unique()
-            self.wanted = [sparse[place] for place in places.tolist()]
+            self.wanted = middle_steps(noise_levels, sparse, self.count)
             epochs = {step: self.wanted_schedule.epoch(noise_levels[step]) for step in sparse}
             # The step whose lists are read at each measured one: the first of its epoch.
             self.builds = {step: next(one for one in sparse if epochs[one] == epochs[step]) for step in self.wanted}

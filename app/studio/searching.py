@@ -62,7 +62,7 @@ def make_search(worker: Worker, job: Job) -> None:
             **{ask["goal"]: ask["value"]},
             prompts=prompts[: ask["prompts"]],
             held_out=held_out,
-            candidates=[one for one in default_candidates() if one.family in ask["families"]],
+            candidates=[one for one in default_candidates(pipe.device) if one.family in ask["families"]],
             expert=ask["expert"],
             noise_steps=ask["noise_steps"],
             steps=ask["steps"],

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
-import torch
-
-from ..loading import dtype_of
+from ..loading import default_device, dtype_of
 from .items import Item
 from .make import Job, Maker, Outcome
 
@@ -74,9 +72,7 @@ def dtype_name(asked: str | None, device: str | None) -> str:
 
     Raises ValueError for one that does not exist.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return str(dtype_of(asked, device)).removeprefix("torch.")
+    return str(dtype_of(asked, device or default_device())).removeprefix("torch.")
 
 
 def choose_engine(device: str | None, devices: Sequence[str], ray: str | None, workers: int | None) -> Engine:

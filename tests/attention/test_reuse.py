@@ -354,3 +354,25 @@ def test_layers_that_the_schedule_keeps_dense():
     assert run.status()[2].reason == "the schedule keeps this layer dense (1 calls)"
     with pytest.raises(ValueError, match=r"dense_layers must name layers such as 'a', got 'blocks.2.\*'"):
         run.name_layers(["a", "b", "c", "d", "e"])
+
+
+@pytest.mark.parametrize("correction", ["none", "residual"])
+@pytest.mark.parametrize("dense_by", [None, "own"])
+def test_entries_whose_heads_stand_between_others_give_them_what_is_theirs(correction: str, dense_by):
+    """Heads 0 and 2 in one entry, 1 in another, against three entries; lse built now, lent, kept, and outputs exact."""
+    schedule = Schedule(dense_until=0.8, dense_by=dense_by, refresh_at=(0.3,))
+    chosen, window = TopK(density=0.2, by="error"), Window(frames=1)
+    more = {"schedule": schedule, "correction": correction, "rest": "pooled"}
+    between, apart = run_of(chosen, window, **more), run_of(chosen, window, chosen, **more)
+    for step, level in enumerate((0.9, 0.7, 0.6, 0.3, 0.2)):
+        if level > 0.8 and dense_by is None:
+            continue
+        qkv = qkv_of(step)
+        got, expected = call(between, qkv, level), call(apart, qkv, level)
+        torch.testing.assert_close(got, expected)
+        # The heads differ, and the step is sparse unless it measures.
+        assert not torch.allclose(got[:, 0], got[:, 2])
+        assert torch.allclose(got, dense(qkv), atol=1e-5) == (
+            level > 0.8 or (correction != "none" and level in (0.7, 0.3))
+        )
+    assert between.density() == pytest.approx(apart.density())

@@ -115,3 +115,18 @@ def test_levels_agree_with_float64(dtype, head_dim, factors, compiled, monkeypat
     for one, two in ((got.pooled_key, exact.pooled_key), (got.pooled_value, exact.pooled_value)):
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), two, rtol=tolerance, atol=tolerance)
+
+
+def test_what_follows_from_the_rows_alone_is_made_once():
+    rows = torch.nn.functional.pad(torch.randperm(90, generator=torch.Generator().manual_seed(0)), (0, 6), value=-1)
+    memo, kept = {}, []
+    for seed in range(2):
+        key, value = torch.randn(2, 1, 3, 90, 32, generator=torch.Generator().manual_seed(seed))
+        weight = torch.randn(1, 1, 90, generator=torch.Generator().manual_seed(seed))
+        for more in ({}, {"key_log_weight": weight}, {}):
+            got = build_pyramid(key, value, rows[None], block=16, factors=(1, 4, 16), memo=memo, **more)
+            expected = build_pyramid(key, value, rows[None], block=16, factors=(1, 4, 16), **more)
+            for name in ("log_weight", "pooled_key", "pooled_value"):
+                assert torch.equal(getattr(got, name), getattr(expected, name))
+            kept.append(memo["weight"])
+    assert all(one is kept[0] for one in kept)

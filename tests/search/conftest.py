@@ -23,7 +23,7 @@ SENSITIVITIES = [0.9, 0.31, 0.24, 0.2, 0.34, 0.62]
 def _made_up(**changes) -> Findings:
     """A whole search of three proofs, its chosen plan with one stock layer; `changes` replace fields."""
     random = np.random.default_rng(0)
-    tried = with_dense(default_candidates())
+    tried = with_dense(default_candidates("cpu"))
     density = np.array([min(1.0, expected_density(one.group, one.entry, GRID)) for one in tried])
     liking = random.gamma(1.2, 0.5, (LAYERS, HEADS, len(tried)))
     errors = liking * (1 / density.clip(0.02) - 1) ** 0.5 * 0.12 + 0.01 * (1 - density)

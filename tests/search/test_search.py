@@ -222,7 +222,9 @@ def levels_of(pipe, steps: int) -> list[float]:
 
 
 def test_candidates_files(tmp_path: Path):
-    every = default_candidates()
+    every = default_candidates("cpu")
+    assert {one.tile for one in every} == {64}
+    assert {one.tile for one in default_candidates("cuda")} == {128}
     assert len(every) >= 30
     assert len({str(one) for one in every}) == len(every)
     path = tmp_path / "mine.toml"
