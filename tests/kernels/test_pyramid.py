@@ -1,6 +1,7 @@
 """The key/value pyramid: levels, weights, padding and what is refused."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -119,13 +120,15 @@ def test_levels_agree_with_float64(dtype, head_dim, factors, compiled, monkeypat
 
 def test_what_follows_from_the_rows_alone_is_made_once():
     rows = torch.nn.functional.pad(torch.randperm(90, generator=torch.Generator().manual_seed(0)), (0, 6), value=-1)
-    memo, kept = {}, []
+    memo: dict[str, Any] = {}
+    kept = []
     for seed in range(2):
         key, value = torch.randn(2, 1, 3, 90, 32, generator=torch.Generator().manual_seed(seed))
         weight = torch.randn(1, 1, 90, generator=torch.Generator().manual_seed(seed))
-        for more in ({}, {"key_log_weight": weight}, {}):
-            got = build_pyramid(key, value, rows[None], block=16, factors=(1, 4, 16), memo=memo, **more)
-            expected = build_pyramid(key, value, rows[None], block=16, factors=(1, 4, 16), **more)
+        for given in (None, weight, None):
+            more: dict[str, Any] = {"block": 16, "factors": (1, 4, 16), "key_log_weight": given}
+            got = build_pyramid(key, value, rows[None], memo=memo, **more)
+            expected = build_pyramid(key, value, rows[None], **more)
             for name in ("log_weight", "pooled_key", "pooled_value"):
                 assert torch.equal(getattr(got, name), getattr(expected, name))
             kept.append(memo["weight"])
