@@ -30,7 +30,7 @@ def default_candidates(device: torch.device | str, *, block: int = 16) -> list[C
     are made for, others as published. One tile and block, so that a layer's heads share a group.
 
     Tiles are of 128 queries, which GPUs' kernels are at their best with, and on CPUs of 64: our kernel there is as fast
-    with them, and lists that fewer queries share leave 10 to 20 % less error at the same density.
+    with them, and lists that fewer queries share leave 7 to 20 % less error at the same density.
     """
     tile = 64 if torch.device(device).type == "cpu" else 128
     found = []
