@@ -51,19 +51,23 @@ def kept_forwards(transformer: nn.Module, wanted: Callable[[], Collection[int]],
 
 
 def middle_steps(noise_levels: Sequence[float], sparse: Sequence[int], count: int) -> list[int]:
-    """So many of the sparse steps (fewer where two fall together) that stand, evenly, for what errors do to the video.
+    """So many of the sparse steps that stand, evenly, for what errors do to the video.
 
     A step at noise level s moves the latents by the fall of s, but what goes wrong early grows while the video takes
     shape, about as its signal 1 - s does. Layers of `shapes` perturbed in a stretch of steps of a whole run moved the
     finished latents by 0.5 to 0.9 times the change of the predictions there times the growth of log(1 - s), whether
-    early or late. So the way that log(1 - s) goes is cut into equal parts, and the steps in their middles are taken.
+    early or late. So the way that log(1 - s) goes is cut into equal parts, and the steps in their middles are taken;
+    where two fall together, the next.
     """
     if not sparse:
         return []
     signal = np.log([max(1 - level, 1e-3) for level in (*noise_levels, 0.0)])
     way = np.cumsum([0.0, *(max(signal[step + 1] - signal[step], 1e-9) for step in sparse)])
-    middles = (np.arange(count) + 0.5) / count * way[-1]
-    return [sparse[place] for place in np.unique(np.searchsorted(way, middles) - 1).tolist()]
+    count = min(count, len(sparse))
+    places = np.searchsorted(way, (np.arange(count) + 0.5) / count * way[-1]) - 1
+    # Each at least one behind the last, and no further than leaves room for the others.
+    apart = np.maximum.accumulate(places - np.arange(count)).clip(max=len(sparse) - count) + np.arange(count)
+    return [sparse[place] for place in apart.tolist()]
 
 
 class _Perturbed(PlanRun):

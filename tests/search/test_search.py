@@ -123,8 +123,8 @@ def test_what_is_scored_is_what_attention_received(wan, tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     with pytest.raises(Cancelled):
         run(wan, tmp_path / "kept", prompts=PROMPTS[:1])
-    # Steps 0 and 2 of three; two branches; two layers, in the order that they ran.
-    places = [(step, branch, layer) for step in (0, 2) for branch in ("cond", "uncond") for layer in (0, 1)]
+    # The first two steps of three; two branches; two layers, in the order that they ran.
+    places = [(step, branch, layer) for step in (0, 1) for branch in ("cond", "uncond") for layer in (0, 1)]
     assert [one[:3] for one in scored] == places
     for (step, branch, layer), one in zip(places, scored, strict=True):
         given = seen[4 * step + 2 * (branch == "uncond") + layer]
@@ -198,8 +198,10 @@ def test_forwards_stand_in_the_middles_of_equal_growth_of_the_signal():
     assert middle_steps([1 - 0.001 * 2**step for step in range(9)], range(1, 9), 2) == [3, 7]
     # A run whose steps are not told has none.
     assert middle_steps([], [], 3) == []
-    # What a step to no noise at all brings is finite.
-    assert middle_steps([1.0, 0.5], [0, 1], 2) == [0]
+    # What a step to no noise at all brings is finite; two that fall into one step take the next.
+    assert middle_steps([1.0, 0.5], [0, 1], 1) == [0]
+    assert middle_steps([1.0, 0.5, 0.2], [0, 1, 2], 2) == [0, 1]
+    assert middle_steps([1.0, 0.999, 0.9985], [0, 1, 2], 2) == [1, 2]
 
 
 def test_of_two_experts_the_one_asked_for_is_searched(experts_folder, tiny_wan, tmp_path: Path):
