@@ -147,12 +147,10 @@ def joined(lists: Sequence[BlockList], group: HeadGroup) -> BlockList:
 
 def by_place(group: HeadGroup) -> list[tuple[int, int]]:
     """Of each head of the group, in order: its entry, and which of that entry's heads it is."""
-    return [
-        owner
-        for _, owner in sorted(
-            (place, (number, head)) for number, places in enumerate(group.places()) for head, place in enumerate(places)
-        )
-    ]
+    owners = {
+        place: (number, head) for number, places in enumerate(group.places()) for head, place in enumerate(places)
+    }
+    return [owners[place] for place in range(len(owners))]
 
 
 def _index(places: list[int]) -> Places:

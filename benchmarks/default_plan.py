@@ -2,9 +2,9 @@
 
 Whole pipelines, text encoder and decoder included, in runs that take turns: the plan, our own kernel with all blocks,
 stock attention (SDPA), all in one dtype; bf16 and fp32, 30 steps, at 33x128x128 and at 65x192x192, which the plan was
-never made for and a round of which takes half an hour. Then PSNR against dense over held-out captions. Every run leaves
-a file in `folder` (runs/default_plan) and is not made again: interrupt it whenever you like. On a machine that does
-nothing else.
+never made for and where stock attention takes many minutes. Then PSNR against dense over held-out captions. Every run
+leaves a file in `folder` (runs/default_plan) and is not made again: interrupt it whenever you like. On a machine that
+does nothing else.
 """
 
 import json

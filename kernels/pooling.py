@@ -38,7 +38,9 @@ def pool_levels(
         if once:
             shares, weights = memo["shares"] if "shares" in memo else _shares(log_weight, once, size)
             memo["shares"] = shares, weights
-            levels = _at_once(key, value, key_rows, once, size, shares, weights)
+            # One pass over level 0.
+            keys, values = native_pool.pool(key, value, key_rows, once, shares, [size[factor] for factor in once])
+            levels = dict(zip(once, zip(zip(keys, values, strict=True), weights, strict=True), strict=True))
     if len(levels) < len(factors):
         live = log_weight > -math.inf
         levels[1] = (gather_rows(key, key_rows, live), gather_rows(value, key_rows, live)), log_weight
@@ -62,20 +64,6 @@ def _shares(log_weight: Tensor, factors: Sequence[int], size: dict[int, int]) ->
         shares.append(share.flatten(2)[..., :rows])
         weights.append(torch.nn.functional.pad(summed, (0, size[factor] - summed.shape[2]), value=-math.inf))
     return torch.stack(shares), weights
-
-
-def _at_once(
-    key: Tensor,
-    value: Tensor,
-    key_rows: Tensor,
-    factors: Sequence[int],
-    size: dict[int, int],
-    shares: Tensor,
-    weights: list[Tensor],
-) -> dict[int, tuple[Means, Tensor]]:
-    """Levels from level 0, by one pass over it."""
-    keys, values = native_pool.pool(key, value, key_rows, factors, shares, [size[f] for f in factors])
-    return {f: ((keys[i], values[i]), weights[i]) for i, f in enumerate(factors)}
 
 
 def _weigh(log_weight: Tensor, factor: int, count: int) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,10 @@ from .findings import Candidate
 
 ORDER = TokenOrder(name="hilbert")
 TEMPORAL = TokenOrder(name="temporal")
+BLOCK = 16
 
 
-def default_candidates(device: torch.device | str, *, block: int = 16) -> list[Candidate]:
+def default_candidates(device: torch.device | str) -> list[Candidate]:
     """Every selector's own candidates, dense among them, in Hilbert order, in which what is near in space and time is
     near in memory; windows over all frames in temporal order, which makes them one band, and strided ones in
     strided order.
@@ -37,7 +38,7 @@ def default_candidates(device: torch.device | str, *, block: int = 16) -> list[C
     for kind in SELECTORS.values():
         for selector in kind.candidates():
             for rest in _rests(selector):
-                found.append(Candidate(selector=selector, rest=rest, order=_order(selector), tile=tile, block=block))
+                found.append(Candidate(selector=selector, rest=rest, order=_order(selector), tile=tile, block=BLOCK))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,7 +14,8 @@ import torch
 from ziggurat.attention.dense import Dense
 from ziggurat.attention.grid import TokenGrid
 from ziggurat.attention.plan import HeadGroup, HeadPlan, Plan
-from ziggurat.pipelines import attach
+from ziggurat.pipelines import attach, generate_many
+from ziggurat.pipelines.batch.run import Batch
 from ziggurat.pipelines.models import MODELS
 from ziggurat.pipelines.modules import attention_modules
 from ziggurat.pipelines.plans import model_shape
@@ -179,3 +181,29 @@ def check_class(sparse_plan):
         return _check_class(model, config, arguments, shapes, sparse_plan, **more)
 
     return check
+
+
+@pytest.fixture
+def batch(wan_folder, tmp_path):
+    """generate_many at a size that takes no time, with what is not asked otherwise."""
+    small: dict[str, Any] = {"frames": 1, "height": 16, "width": 16, "steps": 1, "guidance": 1.0}
+
+    def run(rows: Any, **changes: Any) -> Batch:
+        model = changes.pop("model", wan_folder)
+        options = {"plan": "none", "dtype": "fp32", "device": "cpu", "out": tmp_path / "out", **small, **changes}
+        result = generate_many(model, rows, **options)
+        assert result is not None
+        return result
+
+    return run
+
+
+@pytest.fixture
+def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """What stands in a folder beside manifest and page, and which files on the disk it is."""
+
+    def found(folder: Path) -> dict[str, tuple[int, int]]:
+        made = (path for path in folder.iterdir() if path.name not in ("index.html", "manifest.jsonl"))
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in made}
+
+    return found
