@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,13 @@ Prompts = Annotated[Path | None, typer.Option(help="A file of 1 to 16 prompts.",
 HeldOut = Annotated[Path | None, typer.Option(help="A file of prompts to prove on.", show_default="shipped ones")]
 Candidates = Annotated[Path | None, typer.Option(help="A TOML file of what to try.", show_default="the defaults")]
 Write = Annotated[Path | None, typer.Option(help="Write the default candidates to this file, to be edited; no search.")]
+CorrectionOption = Annotated[
+    Literal["none", "rho", "residual"] | None,
+    typer.Option(
+        help="Of the default candidates: what makes up for keys left out, measured at each refresh, which runs dense.",
+        show_default="residual where it fits memory",
+    ),
+]
 Noise = Annotated[int, typer.Option(min=1, help="Denoising steps that are measured.")]
 Rows = Annotated[int, typer.Option(min=0, help="Queries of a call that are measured, about; 0 = all of them.")]
 DenseUntil = Annotated[
@@ -70,6 +77,7 @@ def search(
     held_out: HeldOut = None,
     candidates: Candidates = None,
     write_candidates: Write = None,
+    correction: CorrectionOption = None,
     expert: Annotated[str | None, typer.Option(help="Of two transformers, the one.", show_default="the first")] = None,
     noise_steps: Noise = 3,
     rows: Rows = 1024,
@@ -99,7 +107,7 @@ def search(
 
         if write_candidates.exists():
             raise ValueError(f"{write_candidates} is there already: give a new name")
-        write_candidates.write_text(to_toml(default_candidates(default_device())))
+        write_candidates.write_text(to_toml(default_candidates(default_device(), correction or "residual")))
         note(f"candidates  {write_candidates}")
         return
     quiet_libraries()
@@ -123,6 +131,7 @@ def search(
             prompts=read_prompts(prompts) if prompts else None,
             held_out=read_prompts(held_out) if held_out else None,
             candidates=candidates,
+            correction=correction,
             expert=expert,
             noise_steps=noise_steps,
             rows=rows or None,

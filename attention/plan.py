@@ -25,6 +25,7 @@ Positive = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, Field(max_length=2000)]
 Grid = tuple[int, int, int]
 """Frames, height and width in latent patches."""
+Correction = Literal["none", "rho", "residual"]
 Figures = dict[Annotated[str, Field(max_length=100)], Annotated[float, Field(allow_inf_nan=False)]]
 
 
@@ -44,7 +45,7 @@ class HeadPlan(_Part):
     heads: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     selector: AnySelector
     rest: Rest = "pooled"
-    correction: Literal["none", "rho", "residual"] = "none"
+    correction: Correction = "none"
 
     @property
     def pooled(self) -> bool:

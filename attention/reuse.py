@@ -13,6 +13,7 @@ from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList
 from ..kernels.listops import all_blocks
 from .call import GroupCall
+from .correct import apply, measure
 from .grid import TokenGrid
 from .lists import ListCache, Places, joined, pyramid_heads, with_rest
 from .select import DynamicSelector
@@ -116,8 +117,8 @@ class Reuse:
             if call.lends:
                 self._lend(call, lse.detach())
             if exact or call.group.corrected:
-                # A copy: autograd may need the output as it was.
-                out, plain = out.clone(), out
+                # A copy where autograd may need the output as it was.
+                out, plain = out.clone() if out.requires_grad else out, out
                 for number, heads in enumerate(call.prepared.heads):
                     if entries[number].correction != "none":
                         out[:, heads] = self._corrected(call, number, heads, plain[:, heads], lse[:, heads], exact)
@@ -171,7 +172,10 @@ class Reuse:
         selector = entry.selector
         assert isinstance(selector, DynamicSelector)
         kept = lse
-        if selector.needs_lse and lse is None and (lse := self._borrowed(call, heads)) is None:
+        if selector.needs_lse and entry.correction != "none":
+            # Dense attention runs here anyway: its own lse is the better one.
+            lse = self._exact(call, number, heads, exact)[1].detach()
+        elif selector.needs_lse and lse is None and (lse := self._borrowed(call, heads)) is None:
             lse = kept = self._exact(call, number, heads, exact)[1].detach()
         own = pyramid_heads(call.pyramid, heads)
         with torch.no_grad():
@@ -217,17 +221,11 @@ class Reuse:
         kept = self._corrections.get(key)
         if kept is None or (kept.epoch, kept.stamp) != (call.epoch, call.stamp):
             full, full_lse = self._exact(call, number, heads, exact)
-            with torch.no_grad():
-                # Overlapping lists may weigh more than all keys, and queries without keys have no lse.
-                rho = torch.where(full_lse > -torch.inf, (lse - full_lse).exp(), 1).clamp(max=1).to(torch.float16)
-                residual = None
-                if call.group.entries[number].correction == "residual":
-                    residual = full.detach() - rho[..., None].to(out.dtype) * out.detach()
+            rho, residual = measure(call.group.entries[number].correction, out, lse, full, full_lse)
             kept = _Correction(epoch=call.epoch, stamp=call.stamp, rho=rho, residual=residual)
             self._keep(self._corrections, key, kept)
             return full
-        scaled = kept.rho[..., None].to(out.dtype) * out
-        return scaled if kept.residual is None else scaled + kept.residual
+        return apply(out, kept.rho, kept.residual)
 
     def _whole(self, call: GroupCall, kept: _Lists | None) -> BlockList:
         """One list for all heads of the group."""

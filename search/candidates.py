@@ -5,12 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from ..attention.dense import Dense
 from ..attention.order import TokenOrder
+from ..attention.plan import Correction
 from ..attention.rest import Rest
 from ..attention.select import Selector
 from ..attention.selectors import SELECTORS
@@ -22,7 +24,7 @@ TEMPORAL = TokenOrder(name="temporal")
 BLOCK = 16
 
 
-def default_candidates(device: torch.device | str) -> list[Candidate]:
+def default_candidates(device: torch.device | str, correction: Correction = "none") -> list[Candidate]:
     """Every selector's own candidates, dense among them, in Hilbert order, in which what is near in space and time is
     near in memory; windows over all frames in temporal order, which makes them one band, and strided ones in
     strided order.
@@ -38,7 +40,9 @@ def default_candidates(device: torch.device | str) -> list[Candidate]:
     for kind in SELECTORS.values():
         for selector in kind.candidates():
             for rest in _rests(selector):
-                found.append(Candidate(selector=selector, rest=rest, order=_order(selector), tile=tile, block=BLOCK))
+                own = correction if not isinstance(selector, Dense) else "none"
+                layout: Any = {"order": _order(selector), "tile": tile, "block": BLOCK}
+                found.append(Candidate(selector=selector, rest=rest, correction=own, **layout))
     return found
 
 
@@ -60,7 +64,8 @@ def _order(selector: Selector) -> TokenOrder:
 
 
 def load_candidates(path: str | Path) -> list[Candidate]:
-    """The candidates of a TOML file: tables `[[candidate]]` with `selector`, and `rest`, `order`, `tile`, `block`.
+    """The candidates of a TOML file: tables `[[candidate]]` with `selector`, and `rest`, `order`, `tile`, `block`,
+    `correction`.
 
     Raises ValueError, naming the candidate and its field, for a file that is not valid.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..pipelines.routing import TransformerRun, attached
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One attention call: query, key, value [B, H, N, D] on the CPU, and where it was made."""
+    """One attention call: query, key, value [B, H, N, D], and where it was made."""
 
     source: str
     query: Tensor
@@ -32,6 +32,11 @@ class Sample:
     noise_level: float = 0.0
     branch: str = ""
     prompt: str = ""
+
+    def to(self, device: torch.device | str) -> Sample:
+        """The sample with its tensors on a device."""
+        query, key, value = (tensor.detach().to(device) for tensor in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
 
 
 class _Recorder(PlanRun):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..attention.plan import HeadGroup, HeadPlan, LayerPlan, Plan
+from ..attention.plan import HeadGroup, LayerPlan, Plan
 from .findings import Candidate, Findings
 
 STOCK = "stock attention was chosen: no sparse candidate is worth its error or its time here"
@@ -24,9 +24,7 @@ def layer_plan(picks: list[int] | None, candidates: list[Candidate]) -> LayerPla
                 order=order,
                 tile=tile,
                 block=block,
-                entries=tuple(
-                    HeadPlan(heads=tuple(heads), selector=one.selector, rest=one.rest) for one, heads in members.items()
-                ),
+                entries=tuple(one.entry.model_copy(update={"heads": tuple(heads)}) for one, heads in members.items()),
             )
             for (order, tile, block), members in groups.items()
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..attention.order import TokenOrder
-from ..attention.plan import HeadGroup, HeadPlan, Plan
+from ..attention.plan import Correction, HeadGroup, HeadPlan, Plan
 from ..attention.rest import Rest
 from ..attention.schedule import Schedule
 from ..attention.selectors import AnySelector
@@ -36,6 +36,7 @@ class Candidate(Record):
     order: TokenOrder = TokenOrder()
     tile: Annotated[int, Field(ge=1, le=1 << 16)] = 128
     block: Annotated[int, Field(ge=1, le=1 << 16)] = 16
+    correction: Correction = "none"
 
     @property
     def family(self) -> str:
@@ -49,7 +50,7 @@ class Candidate(Record):
     @property
     def entry(self) -> HeadPlan:
         """The plan's entry for one head."""
-        return HeadPlan(heads=(0,), selector=self.selector, rest=self.rest)
+        return HeadPlan(heads=(0,), selector=self.selector, rest=self.rest, correction=self.correction)
 
     @property
     def group(self) -> HeadGroup:
@@ -59,7 +60,8 @@ class Candidate(Record):
     def __str__(self) -> str:
         parts = self.selector.model_dump(exclude_defaults=True, exclude={"name"})
         given = " ".join(f"{name}={value}" for name, value in parts.items())
-        return f"{self.family} {given} {self.rest}, {self.order}, block {self.block}".replace("  ", " ")
+        said = f"{self.family} {given} {self.rest}, {self.order}, block {self.block}".replace("  ", " ")
+        return said if self.correction == "none" else f"{said}, {self.correction}"
 
 
 class CostRow(Record):
@@ -107,7 +109,8 @@ class Findings(Record):
     """Everything a search found; `plan` makes any point of the front into a plan.
 
     shape: of the model; expert: of its transformers the one searched, None if there is but one. text_length, guidance:
-    see `Plan`. grid: frames, height, width in latent patches. prompts: calibrated on; held_out: proved on.
+    see `Plan`. grid: frames, height, width in latent patches. corrected: which correction the
+    candidates have, and why. prompts: calibrated on; held_out: proved on.
     noise_levels: captured, at measured_steps. sampled_rows: query rows measured at each call, of `tokens`.
     errors: ‖O - O*‖ / ‖O*‖ at the chosen quantile over prompts, steps and branches. recalls: mean share of the dense
     softmax mass that is read at level 0. densities: mean. weights: how much a head's relative error moves the final
@@ -136,6 +139,7 @@ class Findings(Record):
     sampled_rows: int
     schedule: Schedule
     cross_by: Literal["own"] | None = None
+    corrected: str = ""
     candidates: list[Candidate]
     errors: PerChoice
     recalls: PerChoice

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..attention.plan import Plan
+from ..attention.plan import Correction, Plan
 from ..attention.schedule import Schedule
 from ..pipelines.plans import model_shape, transformers_of
 from ..pipelines.record import surroundings
@@ -16,6 +16,7 @@ from ..pipelines.routing import attached
 from ..pipelines.settings import model_settings
 from .candidates import default_candidates, load_candidates, with_dense
 from .captured import capture_scores
+from .correction import affordable
 from .cost import measure
 from .cross import cross_by
 from .findings import PLAN, Candidate, Findings, Point, Proof
@@ -72,6 +73,8 @@ def search(
     prompts: Sequence[str] | None = None,
     held_out: Sequence[str] | None = None,
     candidates: Sequence[Candidate] | str | Path | None = None,
+    families: Collection[str] | None = None,
+    correction: Correction | None = None,
     expert: str | None = None,
     noise_steps: int = 3,
     rows: int | None = ROWS,
@@ -99,7 +102,8 @@ def search(
             target_psnr (dB), target_ssim: against dense on held-out prompts, measured: the cheapest plan of the front
             that reaches it, found by bisection.
         prompts: to calibrate on; held_out: to prove on (the first `proofs` of them; 0 = no proof).
-        candidates: what to try for each head, or a TOML file of it.
+        candidates: what to try for each head, or a TOML file of it; else the default ones, of these families, all with
+            this correction (see `HeadPlan`): None = "residual" where what it keeps fits a run's memory, else "none".
         expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
             one alone.
         noise_steps: at how many of the sparse denoising steps to measure, those of `middle_steps`.
@@ -139,9 +143,17 @@ def search(
         raise ValueError(f"prompts to calibrate on must be 1 to {MOST_PROMPTS}, got {len(prompts)}: give fewer")
     settings = {"steps": steps, "frames": frames, "height": height, "width": width, "guidance": guidance}
     settings = {name: value for name, value in settings.items() if value is not None}
-    chosen = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
     device = next(transformer.parameters()).device
-    tried = with_dense(chosen or default_candidates(device))
+    if candidates is None:
+        why = "as asked for"
+        if correction is None:
+            correction, why = affordable(pipe, transformer, shape, prompts[0], settings)
+        default = default_candidates(device, correction)
+        candidates = [one for one in default if families is None or one.family in families]
+    else:
+        candidates = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
+        why = "each candidate's own"
+    tried = with_dense(candidates)
 
     captured = capture_scores(
         pipe,
@@ -196,6 +208,7 @@ def search(
         sampled_rows=min(score.rows for score in captured.scores),
         schedule=schedule.model_copy(update={"dense_by": "own"}) if cost.dense < cost.stock else schedule,
         cross_by=measured.cross_by,
+        corrected=why,
         candidates=tried,
         **gathered(captured.scores, shape.layers, moved, quantile),  # type: ignore[arg-type]
         sensitivities=moved,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.correct import apply, measure
 from ..attention.dense import Dense
 from ..attention.grid import TokenGrid
 from ..attention.plan import Plan
@@ -89,7 +90,9 @@ class Journal:
 class ScoringRun(PlanRun):
     """A dense plan that holds every candidate against some of the calls on the way.
 
-    Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them.
+    Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them; so are
+    corrections, for which the calls of that step are held. Steps at which corrections are measured have no error, and
+    are not among those that are scored.
 
     schedule: of the plan that is searched for; count: at how many of its sparse steps, those of `middle_steps`.
     takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
@@ -120,6 +123,9 @@ class ScoringRun(PlanRun):
         self.dtype: torch.dtype | None = None
         self._entries: dict[TokenGrid, list[Entry]] = {}
         self._built: dict[tuple[int, int, str, int], list[BlockList | BitList | None]] = {}
+        self.corrected = any(candidate.correction != "none" for candidate in candidates)
+        # The call of each branch and layer that corrections are measured in.
+        self._held: dict[tuple[str, int], Sample] = {}
         super().__init__(plan)
 
     def begin(self, noise_levels: Sequence[float] | None = None) -> None:
@@ -133,11 +139,19 @@ class ScoringRun(PlanRun):
                     f"schedule leaves none of the transformer's {len(own)} steps of this run sparse: give more steps, "
                     "or lower dense_until, dense_first_steps or dense_from"
                 )
-            self.wanted = middle_steps(noise_levels, sparse, self.count)
             epochs = {step: self.wanted_schedule.epoch(noise_levels[step]) for step in sparse}
-            # The step whose lists are read at each measured one: the first of its epoch.
-            self.builds = {step: next(one for one in sparse if epochs[one] == epochs[step]) for step in self.wanted}
+            # The step whose lists are read at each one: the first of its epoch.
+            builds = {step: next(one for one in sparse if epochs[one] == epochs[step]) for step in sparse}
+            scored = [step for step in sparse if builds[step] != step] if self.corrected else sparse
+            if not scored:
+                raise ValueError(
+                    f"schedule refreshes at all of this run's {len(sparse)} sparse steps, and corrections run dense "
+                    "there: give more steps, fewer refreshes, or candidates without correction"
+                )
+            self.wanted = middle_steps(noise_levels, scored, self.count)
+            self.builds = {step: builds[step] for step in self.wanted}
         self._built.clear()
+        self._held.clear()
 
     def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
         place = (self.prompt, call["step"], str(call["branch"]), call["layer"])
@@ -179,9 +193,13 @@ class ScoringRun(PlanRun):
                     if step != sample.step:
                         one = self._call(sample, call, step)
                         self._built[place[0], step, *place[2:]] = [_kept(one, entry) for entry in entries]
+                        if self.corrected:
+                            self._held[place[2:]] = sample.to("cpu")
                 if measured:
                     lists = self._built.pop(place, None)
-                    found = score(self._call(sample, call, sample.step), entries, lists)
+                    held = self._held.get(place[2:])
+                    before = None if held is None else self._call(held.to(query.device), call, sample.step)
+                    found = score(self._call(sample, call, sample.step), entries, lists, before)
                     self.journal.add(
                         Score(
                             prompt=self.prompt,
@@ -217,12 +235,16 @@ def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
 
 
 def score(
-    call: Call, entries: Sequence[Entry], lists: Sequence[BlockList | BitList | None] | None = None
+    call: Call,
+    entries: Sequence[Entry],
+    lists: Sequence[BlockList | BitList | None] | None = None,
+    before: Call | None = None,
 ) -> dict[str, Any]:
     """The parts of a `Score` that a call's tensors tell, each as lists [heads][candidates].
 
-    lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. Errors are the
-    worst of a batch's items. Those that read everything are what errors are held against: theirs is 0.
+    lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. before: the same
+    queries at the step that corrections are measured at. Errors are the worst of a batch's items. Those that read
+    everything are what errors are held against: theirs is 0.
     """
     sample = call.sample
     heads = sample.query.shape[1]
@@ -242,11 +264,22 @@ def score(
         blocks = as_list(moved(built, sample.query.device)) if built is not None else call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
-        out, _ = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)
-        off = (out[:, :, places].float() - dense).square().sum((2, 3)).sqrt()
+        out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
+        if entry.candidate.correction != "none":
+            if before is None:
+                raise ValueError("before must be the call that corrections are measured in, where candidates have one")
+            out = apply(out, *_correction(before, entry, blocks, places))
+        off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:
         raise ValueError("candidates must hold one that does not read everything: there is nothing to choose")
     places, dense = next(iter(exact.values()))
     turned = {name: [list(row) for row in zip(*column, strict=True)] for name, column in columns.items()}
     return {"rows": len(places), "norms": dense.square().sum((0, 2, 3)).sqrt().tolist(), **turned}
+
+
+def _correction(before: Call, entry: Entry, blocks: BlockList, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `attention.correct.measure` finds of an entry's list at an earlier call, for some queries."""
+    out, lse = attend(before.sample.query, before.pyramid(entry), blocks, scale=before.scale)
+    parts = (part[:, :, places] for part in (out, lse, *before.dense(entry)))
+    return measure(entry.candidate.correction, *parts)

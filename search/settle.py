@@ -46,7 +46,10 @@ def knapsack(found: Findings, cost: Cost) -> tuple[Problem, float]:
     for number, candidate in enumerate(found.candidates):
         call = cost.seconds(number, candidate, densities[:, :, number], heads, found.tokens)
         own = sparse * call + cost.select[number] * found.refreshes * found.branches
-        if candidate.selector.needs_lse and not (found.dense_calls and found.schedule.dense_by == "own"):
+        if candidate.correction != "none":
+            # Measured at every refresh, beside dense attention.
+            own = own + found.refreshes * found.branches * cost.dense / heads
+        elif candidate.selector.needs_lse and not (found.dense_calls and found.schedule.dense_by == "own"):
             # No dense step of our own kernel lends its lse: the first sparse step of each branch runs dense for it.
             own = own + found.branches * np.maximum(cost.dense / heads - call, 0)
         seconds[:, :, number] = own
@@ -90,14 +93,16 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 def point_of(found: Findings, choice: Choice, constant: float) -> Point:
     """A choice as a point of the front."""
-    read = 0.0
     heads = found.shape.layers * found.shape.heads
-    for layer, picks in enumerate(choice.picks):
-        if picks is None:
-            read += found.shape.heads
-        else:
-            read += sum(found.densities[layer][head][number] for head, number in enumerate(picks))
     sparse = (found.calls - found.dense_calls) / found.calls
+    # Of sparse steps, those where corrections are measured run dense.
+    exact = min(1.0, found.refreshes * found.branches / max(found.calls - found.dense_calls, 1))
+    read = 0.0
+    for layer, picks in enumerate(choice.picks):
+        for head, number in enumerate(picks or ()):
+            dense = exact if found.candidates[number].correction != "none" else 0.0
+            read += dense + (1 - dense) * found.densities[layer][head][number]
+        read += found.shape.heads if picks is None else 0
     density = sparse * read / heads + 1 - sparse
     return Point(seconds=choice.seconds + constant, error=choice.error, density=density, picks=choice.picks)
 

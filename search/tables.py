@@ -160,6 +160,7 @@ def circumstances(findings: Findings) -> Rows:
             "candidates",
             f"{len(findings.candidates)} a head: {_families(Counter(c.family for c in findings.candidates))}",
         ),
+        ("correction", findings.corrected or "not told"),
         ("steadiness", _steady(findings.steady)),
         ("seed", str(findings.seed)),
         ("machine", machine or "not told"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...attention.selectors import SELECTORS
-from ...search.candidates import default_candidates
 from ...search.findings import Findings
 from ...search.prompts import default_prompts
 from .jobs import Job, Store
@@ -62,7 +61,7 @@ def make_search(worker: Worker, job: Job) -> None:
             **{ask["goal"]: ask["value"]},
             prompts=prompts[: ask["prompts"]],
             held_out=held_out,
-            candidates=[one for one in default_candidates(pipe.device) if one.family in ask["families"]],
+            families=ask["families"],
             expert=ask["expert"],
             noise_steps=ask["noise_steps"],
             steps=ask["steps"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from ziggurat.search.findings import Candidate
 from ziggurat.search.scoring import score
 
 FRAME = Candidate(selector=Window(frames=1), rest="pooled", tile=32, block=16)
+PRECISE = Precise(density=0.3)
 TOPK = Candidate(selector=TopK(density=0.3), rest="drop", tile=32, block=16)
 
 
@@ -53,7 +55,7 @@ def planted(grid: TokenGrid) -> Sample:
 def test_planted_patterns_give_those_families_back():
     """All four heads of one layer in one choice, among candidates that read as much or more, and dynamic ones."""
     grid = TokenGrid.video(6, 8, 8)
-    layout = {"tile": 64, "block": 16}
+    layout: Any = {"tile": 64, "block": 16}
     raster, strided, temporal = (TokenOrder.model_validate(name) for name in ("raster", "strided(2)", "temporal"))
     stripe = Stripe(boxes=(Box(frames=(0, 1)),))
     wanted = [
@@ -99,7 +101,7 @@ EVERY_KIND = [
     FRAME,
     TOPK,
     Candidate(selector=TopK(density=0.3, by="error"), rest="pooled", tile=32, block=16),
-    Candidate(selector=Precise(density=0.3), rest="drop", tile=32, block=16),
+    Candidate(selector=PRECISE, rest="drop", tile=32, block=16),
     Candidate(selector=Precise(density=0.5), rest="pooled", tile=32, block=16),
     Candidate(selector=LogLinear(keep=2), tile=32, block=16),
     Candidate(selector=Pyramid(), rest="pooled", tile=32, block=16),
@@ -143,11 +145,18 @@ def test_scores_are_those_of_attention_itself():
     assert [row[frame_by_frame] for row in found["recalls"]] == pytest.approx(recall.tolist(), abs=1e-5)
 
 
-def test_dynamic_lists_are_as_old_as_the_schedule_leaves_them(tmp_path: Path):
-    """A score at a step is the error of the plan's own run, whose lists an earlier step may have built."""
+@pytest.mark.parametrize(("correction", "scored"), [("none", [1, 2, 3, 4]), ("rho", [2, 4]), ("residual", [2, 4])])
+def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
+    tmp_path: Path, correction: Any, scored: list[int]
+):
+    """A score at a step is the error of the plan's own run, whose lists and corrections an earlier step may have made:
+    where corrections are measured there is none."""
     grid, levels = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2]
     schedule = Schedule(dense_until=0.95, refresh_at=(0.5,))
-    tried = with_dense([TOPK, FRAME, Candidate(selector=LogLinear(keep=1), tile=32, block=16)])
+    # Without corrections a precise list of a later epoch is built from an older lse, which scores do not follow.
+    more = [LogLinear(keep=1), *([PRECISE] if correction != "none" else [])]
+    kinds = [TOPK, FRAME, *(Candidate(selector=one, tile=32, block=16) for one in more)]
+    tried = with_dense([one.model_copy(update={"correction": correction}) for one in kinds])
     samples = [random_sample(grid, seed) for seed in range(len(levels))]
     run = scoring.ScoringRun(
         Plan.dense(model_class="X", config_hash="0", layers=1, heads=2, head_dim=16, grid=(1, 1, 1)),
@@ -171,8 +180,8 @@ def test_dynamic_lists_are_as_old_as_the_schedule_leaves_them(tmp_path: Path):
     own = [PlanRun(plan) for plan in plans]
     for each in (run, *own):
         each.begin(levels)
-    assert run.wanted == [1, 2, 3, 4]
-    assert run.builds == {1: 1, 2: 1, 3: 3, 4: 3}
+    assert run.wanted == scored
+    assert run.builds == {step: {1: 1, 2: 1, 3: 3, 4: 3}[step] for step in scored}
     wanted: dict[int, list[list[float]]] = {}
     for step, (level, sample) in enumerate(zip(levels, samples, strict=True)):
         qkv = sample.query, sample.key, sample.value
@@ -180,13 +189,19 @@ def test_dynamic_lists_are_as_old_as_the_schedule_leaves_them(tmp_path: Path):
         run.attend_layer(*qkv, **call)
         exact = torch.nn.functional.scaled_dot_product_attention(*qkv)
         outputs = [each.attend_layer(*qkv, **call) for each in own]
-        if step:
+        if step in scored:
             off = [(out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3)) for out in outputs if out is not None]
             wanted[step] = torch.stack(off)[:, 0].T.tolist()
+        elif step and correction != "none":
+            assert all(torch.allclose(out, exact, atol=1e-5) for out in outputs if out is not None)
     found = {score.step: score.errors for score in run.journal.scores.values()}
     assert found.keys() == wanted.keys()
     for step in wanted:
         assert np.allclose(found[step], wanted[step], atol=1e-5), step
+    if correction != "none":
+        with pytest.raises(ValueError, match="before must be the call"):
+            score(Call(samples[2]), entries_of(tried, grid))
+        return
     fresh = score(Call(samples[2]), entries_of(tried, grid))["errors"]
     assert not np.allclose(found[2], fresh, atol=1e-2)
 
