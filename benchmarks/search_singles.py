@@ -14,8 +14,10 @@ from typing import Any
 from ziggurat.pipelines import load
 from ziggurat.pipelines.record import surroundings
 from ziggurat.search import figures
+from ziggurat.search.choose import Choice
 from ziggurat.search.findings import Findings, Point
 from ziggurat.search.prove import Prover
+from ziggurat.search.settle import point_of
 
 SLACK = 1.1
 
@@ -56,10 +58,8 @@ def main(folder: Path, out: Path) -> None:
 def alone(found: Findings, number: int) -> Point:
     """One candidate in every layer and head."""
     _, seconds, error = figures.singles(found)[number]
-    own = [density[number] for layer in found.densities for density in layer]
-    sparse = (found.calls - found.dense_calls) / found.calls
     picks: list[list[int] | None] = [[number] * found.shape.heads for _ in range(found.shape.layers)]
-    return Point(seconds=seconds, error=error, density=sparse * sum(own) / len(own) + 1 - sparse, picks=picks)
+    return point_of(found, Choice(picks=picks, error=error, seconds=seconds), constant=0)
 
 
 if __name__ == "__main__":
