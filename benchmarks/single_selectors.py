@@ -19,7 +19,6 @@ from ziggurat.pipelines import load
 from ziggurat.pipelines.generate import generate
 from ziggurat.pipelines.plans import find_plan, model_shape
 from ziggurat.pipelines.record import surroundings
-from ziggurat.pipelines.settings import model_settings
 from ziggurat.pipelines.shapes.card import recipe_of
 from ziggurat.pipelines.shapes.evaluate import all_block_plan, evaluate
 from ziggurat.search.bench import PROMPTS, captured
@@ -30,6 +29,7 @@ PLANS = ROOT / "assets" / "plans" / "selectors"
 FIGURES = ROOT / "benchmarks" / "selectors.json"
 DENSITIES = (0.15, 0.3)
 CAPTIONS = 32
+STEPS = 10
 TIMED = 3
 VIDEOS = """# Each selector alone
 
@@ -77,8 +77,7 @@ def plans() -> None:
     shipped = find_plan(pipe)
     assert shipped is not None
     schedule = shipped[1].schedule
-    steps = model_settings(pipe).steps or 10
-    samples = captured("shapes", PROMPTS[:1], None, steps=steps, frames=None, size=None)
+    samples = captured("shapes", PROMPTS[:1], None, steps=STEPS, frames=None, size=None)
     PLANS.mkdir(parents=True, exist_ok=True)
     for name in ALONE:
         for density in DENSITIES:
@@ -92,21 +91,20 @@ def table() -> None:
     """Evaluate every plan."""
     pipe: Any = load("shapes")
     pipe.set_progress_bar_config(disable=True)
-    steps = model_settings(pipe).steps or 10
     results = {}
     for path in sorted(PLANS.glob("*.json")):
         results[path.stem] = evaluate(
             pipe,
             Plan.load(path),
             captions=CAPTIONS,
-            steps=steps,
+            steps=STEPS,
             dense_by="own",
             floors=0,
             cache=ROOT / "runs" / "selectors",
             report=told,
         )
         print(path.stem, results[path.stem]["lost"], results[path.stem]["fidelity"]["psnr"], flush=True)
-    said = {"steps": steps, "trained": recipe_of(ROOT / "assets" / "shapes"), "plans": results}
+    said = {"steps": STEPS, "trained": recipe_of(ROOT / "assets" / "shapes"), "plans": results}
     FIGURES.write_text(json.dumps({**said, **surroundings()}, indent=1) + "\n")
 
 
@@ -122,7 +120,7 @@ def times() -> None:
     made = {name: [] for name in columns}
     for seed in range(TIMED):
         for name, plan in columns.items():
-            made[name].append(generate(pipe, PROMPTS[0], plan=plan, seed=seed))
+            made[name].append(generate(pipe, PROMPTS[0], plan=plan, seed=seed, steps=STEPS))
             print(seed, name, made[name][-1].seconds, flush=True)
     seconds = {name: statistics.median(one.seconds for one in runs) for name, runs in made.items()}
     said |= {"stock_seconds": seconds.pop("stock"), "all_blocks_seconds": seconds.pop("all_blocks")}
