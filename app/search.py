@@ -36,7 +36,7 @@ Prompts = Annotated[Path | None, typer.Option(help="A file of 1 to 16 prompts.",
 HeldOut = Annotated[Path | None, typer.Option(help="A file of prompts to prove on.", show_default="shipped ones")]
 Candidates = Annotated[Path | None, typer.Option(help="A TOML file of what to try.", show_default="the defaults")]
 Write = Annotated[Path | None, typer.Option(help="Write the default candidates to this file, to be edited; no search.")]
-CorrectionOption = Annotated[
+Corrected = Annotated[
     Literal["none", "rho", "residual"] | None,
     typer.Option(
         help="Of the default candidates: what makes up for keys left out, measured at each refresh, which runs dense.",
@@ -77,7 +77,7 @@ def search(
     held_out: HeldOut = None,
     candidates: Candidates = None,
     write_candidates: Write = None,
-    correction: CorrectionOption = None,
+    correction: Corrected = None,
     expert: Annotated[str | None, typer.Option(help="Of two transformers, the one.", show_default="the first")] = None,
     noise_steps: Noise = 3,
     rows: Rows = 1024,

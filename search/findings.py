@@ -109,17 +109,16 @@ class Findings(Record):
     """Everything a search found; `plan` makes any point of the front into a plan.
 
     shape: of the model; expert: of its transformers the one searched, None if there is but one. text_length, guidance:
-    see `Plan`. grid: frames, height, width in latent patches. corrected: which correction the
-    candidates have, and why. prompts: calibrated on; held_out: proved on.
-    noise_levels: captured, at measured_steps. sampled_rows: query rows measured at each call, of `tokens`.
-    errors: ‖O - O*‖ / ‖O*‖ at the chosen quantile over prompts, steps and branches. recalls: mean share of the dense
-    softmax mass that is read at level 0. densities: mean. weights: how much a head's relative error moves the final
-    prediction (the layer's sensitivity times the head's share of the layer's output). sensitivities: of each layer.
-    seconds: predicted, of one head in one call for each candidate. dense_seconds: of one call of one layer by our own
-    kernel reading everything; stock_seconds: by SDPA. launch_seconds: of one more head group in a layer. calls: of
-    one layer in a run. dense_calls: of those, dense by the schedule. branches: calls of one layer at a step. refreshes:
-    steps of a run that build dynamic lists. steady: the share of heads that keep their family under the chosen plan
-    whichever quarter of the prompts is left out.
+    see `Plan`. grid: frames, height, width in latent patches. corrected: which correction the candidates have, and why.
+    prompts: calibrated on; held_out: proved on. noise_levels: captured, at measured_steps. sampled_rows: query rows
+    measured at each call, of `tokens`. errors: ‖O - O*‖ / ‖O*‖ at the chosen quantile over prompts, steps and branches.
+    recalls: mean share of the dense softmax mass that is read at level 0. densities: mean. weights: how much a head's
+    relative error moves the final prediction (the layer's sensitivity times the head's share of the layer's output).
+    sensitivities: of each layer. seconds: predicted, of one head in one call for each candidate. dense_seconds: of one
+    call of one layer by our own kernel reading everything; stock_seconds: by SDPA. launch_seconds: of one more head
+    group in a layer. calls: of one layer in a run. dense_calls: of those, dense by the schedule. branches: calls of one
+    layer at a step. refreshes: steps of a run that build dynamic lists. steady: the share of heads that keep their
+    family under the chosen plan whichever quarter of the prompts is left out.
     """
 
     shape: ModelShape

@@ -91,8 +91,8 @@ class ScoringRun(PlanRun):
     """A dense plan that holds every candidate against some of the calls on the way.
 
     Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them; so are
-    corrections, for which the calls of that step are held. Steps at which corrections are measured have no error, and
-    are not among those that are scored.
+    corrections, for which the calls of that step are held. Steps at which corrections are measured are exact, and are
+    scored only where there are no others.
 
     schedule: of the plan that is searched for; count: at how many of its sparse steps, those of `middle_steps`.
     takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
@@ -142,13 +142,8 @@ class ScoringRun(PlanRun):
             epochs = {step: self.wanted_schedule.epoch(noise_levels[step]) for step in sparse}
             # The step whose lists are read at each one: the first of its epoch.
             builds = {step: next(one for one in sparse if epochs[one] == epochs[step]) for step in sparse}
-            scored = [step for step in sparse if builds[step] != step] if self.corrected else sparse
-            if not scored:
-                raise ValueError(
-                    f"schedule refreshes at all of this run's {len(sparse)} sparse steps, and corrections run dense "
-                    "there: give more steps, fewer refreshes, or candidates without correction"
-                )
-            self.wanted = middle_steps(noise_levels, scored, self.count)
+            reused = [step for step in sparse if builds[step] != step]
+            self.wanted = middle_steps(noise_levels, reused if self.corrected and reused else sparse, self.count)
             self.builds = {step: builds[step] for step in self.wanted}
         self._built.clear()
         self._held.clear()
@@ -197,8 +192,9 @@ class ScoringRun(PlanRun):
                             self._held[place[2:]] = sample.to("cpu")
                 if measured:
                     lists = self._built.pop(place, None)
-                    held = self._held.get(place[2:])
-                    before = None if held is None else self._call(held.to(query.device), call, sample.step)
+                    before = None
+                    if self.corrected and self.builds[sample.step] != sample.step:
+                        before = self._call(self._held[place[2:]].to(query.device), call, sample.step)
                     found = score(self._call(sample, call, sample.step), entries, lists, before)
                     self.journal.add(
                         Score(
@@ -243,8 +239,8 @@ def score(
     """The parts of a `Score` that a call's tensors tell, each as lists [heads][candidates].
 
     lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. before: the same
-    queries at the step that corrections are measured at. Errors are the worst of a batch's items. Those that read
-    everything are what errors are held against: theirs is 0.
+    queries at the step that corrections are measured at; None = at this one, which is exact. Errors are the worst of a
+    batch's items. Those that read everything are what errors are held against: theirs is 0.
     """
     sample = call.sample
     heads = sample.query.shape[1]
@@ -266,9 +262,7 @@ def score(
         columns["recalls"].append(call.recall(entry, blocks))
         out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
         if entry.candidate.correction != "none":
-            if before is None:
-                raise ValueError("before must be the call that corrections are measured in, where candidates have one")
-            out = apply(out, *_correction(before, entry, blocks, places))
+            out = dense if before is None else apply(out, *_correction(before, entry, blocks, places))
         off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:

@@ -199,8 +199,7 @@ def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
     for step in wanted:
         assert np.allclose(found[step], wanted[step], atol=1e-5), step
     if correction != "none":
-        with pytest.raises(ValueError, match="before must be the call"):
-            score(Call(samples[2]), entries_of(tried, grid))
+        assert np.array(score(Call(samples[2]), entries_of(tried, grid))["errors"]).max() == 0
         return
     fresh = score(Call(samples[2]), entries_of(tried, grid))["errors"]
     assert not np.allclose(found[2], fresh, atol=1e-2)
