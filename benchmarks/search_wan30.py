@@ -22,7 +22,8 @@ from ziggurat.search import run as searching
 
 FRAMES, SIZE = 31, 128
 """16 latent frames of 16 x 16 patches."""
-STEPS = 4
+STEPS = 6
+"""One dense, two that measure what lists leave out, and three to be scored."""
 PASSES = 10
 LAYERS, HEADS, HEAD_DIM, FFN = 30, 12, 128, 8960
 
