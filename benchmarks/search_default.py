@@ -38,7 +38,7 @@ def main(folder: Path, out: Path) -> None:
         for point, proof in figures.proved(found)
     ]
     said = {
-        **json.loads(spent.read_text()),
+        **(json.loads(spent.read_text()) if spent.is_file() else {}),
         **{"steps": found.steps, "tokens": found.tokens, "dtype": found.dtype, "candidates": len(found.candidates)},
         **{"prompts": len(found.prompts), "steady": found.steady, "corrected": found.corrected},
         **{"worst_off_by": max(abs(float(row["off_by"])) for row in rows), "plans": rows},

@@ -22,7 +22,10 @@ MOST = MAX_CACHE_BYTES // 2
 def affordable(
     pipe: Any, transformer: nn.Module, shape: ModelShape, prompt: str, settings: Mapping[str, Any]
 ) -> tuple[Correction, str]:
-    """ "residual" if those of all heads fit what a run keeps for a guidance branch, else "none"; and the reason."""
+    """The correction that a run of one video can keep, "residual" or "none", and why.
+
+    Counted are the visual tokens of all heads; text beside them is a few percent more.
+    """
     _, grid = complete(pipe, Request(prompt=prompt, seed=0, **settings), model_settings(pipe), compare=False)
     if grid is None:
         return "none", "none: this pipeline does not tell its sequence's length beforehand"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..attention.plan import Correction, Plan
 from ..attention.schedule import Schedule
+from ..attention.selectors import SELECTORS
 from ..pipelines.plans import model_shape, transformers_of
 from ..pipelines.record import surroundings
 from ..pipelines.routing import attached
@@ -145,11 +146,15 @@ def search(
     settings = {name: value for name, value in settings.items() if value is not None}
     device = next(transformer.parameters()).device
     if candidates is None:
-        why = "as asked for"
+        why = f"{correction}: as asked for"
         if correction is None:
             correction, why = affordable(pipe, transformer, shape, prompts[0], settings)
         default = default_candidates(device, correction)
         candidates = [one for one in default if families is None or one.family in families]
+        if not candidates:
+            raise ValueError(f"families must name some of {', '.join(SELECTORS)}, got {', '.join(families or ())}")
+    elif correction is not None or families is not None:
+        raise ValueError("correction and families are of the default candidates: given ones say their own")
     else:
         candidates = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
         why = "each candidate's own"

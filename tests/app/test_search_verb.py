@@ -107,5 +107,8 @@ def test_the_default_candidates_are_written_to_be_edited(tmp_path, capsys):
     path = tmp_path / "mine.toml"
     assert call("search", "--write-candidates", path) == 0
     assert path.read_text().count("[[candidate]]") >= 30
+    assert 'correction = "residual"' in path.read_text()
+    assert call("search", "--write-candidates", tmp_path / "plain.toml", "--correction", "none") == 0
+    assert "residual" not in (tmp_path / "plain.toml").read_text()
     assert call("search", "--write-candidates", path) == 1
     assert "is there already" in capsys.readouterr().err

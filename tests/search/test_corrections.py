@@ -57,8 +57,9 @@ def test_the_density_of_a_point_is_that_of_its_run(made_up, correction: Correcti
     measured = found.model_copy(update={"densities": [[[*shares, 1.0]] * 4] * 6})
     expected = point_of(measured, Choice(picks=entry, error=0, seconds=1), 0).density
     assert own.density == pytest.approx(expected, abs=1e-3)
-    # Two dense steps of eight, and two more where three heads of four are measured.
-    assert own.density > (0.25 + 0.75 * (0.25 + 0.5 * (1 / 3)) if correction == "residual" else 0.25)
+    # Two steps of eight are dense, one head of four is, and the others are at two of six steps if they are measured.
+    measuring = 1 / 3 if correction == "residual" else 0
+    assert own.density > 0.25 + 0.75 * (0.25 + 0.75 * measuring)
     entries = [one for layer in plan.layers for group in layer.groups for one in group.entries]
     assert {one.correction for one in entries if one.selector.name != "dense"} == {correction}
     assert {one.correction for one in entries if one.selector.name == "dense"} == {"none"}
@@ -120,3 +121,7 @@ def test_the_default_candidates_have_one_and_a_file_keeps_it(wan, tmp_path: Path
     found = searching.search(wan, tmp_path / "search", steps=1, **asked).findings
     assert found.measured_steps == [0]
     assert np.array(found.errors).max() == 0
+    with pytest.raises(ValueError, match="given ones say their own"):
+        searching.search(wan, tmp_path / "search", candidates=path, correction="none")
+    with pytest.raises(ValueError, match="families must name some of"):
+        searching.search(wan, tmp_path / "search", steps=3, **asked | {"families": ["absent"]})
