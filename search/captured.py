@@ -15,10 +15,11 @@ from ..attention.plan import Plan
 from ..attention.schedule import Schedule
 from ..pipelines.clock import RunClock
 from ..pipelines.models import row_of
-from ..pipelines.plans import ModelShape, transformers_of
+from ..pipelines.plans import ModelShape, all_block_plan, transformers_of
 from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
+from .cost import own_is_faster
 from .findings import Candidate
 from .scoring import Journal, Score, ScoringRun
 from .sensitivity import Forward, kept_forwards, middle_steps
@@ -70,12 +71,14 @@ def capture_scores(
     """Run the prompts dense, and score every candidate on some of the calls.
 
     Scores go to a journal in the folder as they come: with `resume`, those that are there are not made again, nor is
-    the run of a prompt, beside the first, whose scores are all there. forwards: how many of the transformer's to keep.
+    the run of a prompt, beside the first, whose scores are all there. Our own kernel runs them where it is the faster.
+    forwards: how many of the transformer's to keep.
     Raises ValueError for a sequence that is not one video, and where nothing was called.
     """
     journal_path = folder / JOURNAL
     if not resume:
         journal_path.unlink(missing_ok=True)
+    weights = next(transformer.parameters())
     header = {
         # A journal that scored lists built anew at every step is another search's.
         "lists": "as old as the schedule leaves them",
@@ -89,7 +92,7 @@ def capture_scores(
         "rows": rows,
         "schedule": schedule.model_dump(mode="json"),
         "seed": seed,
-        "dtype": str(next(transformer.parameters()).dtype),
+        "dtype": str(weights.dtype),
     }
     journal = Journal(journal_path, header)
     done, total = len(journal.scores), len(prompts) * noise_steps * shape.layers
@@ -101,8 +104,12 @@ def capture_scores(
         total = max(total, done)
         report("capture", done, total)
 
+    given = model_settings(pipe)
+    _, grid = complete(pipe, Request(prompt=prompts[0], seed=seed, **settings), given, compare=False)
+    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "dtype": weights.dtype, "device": weights.device}
+    own_dense = grid is not None and own_is_faster(grid, **sizes)
     run = ScoringRun(
-        Plan.dense(grid=(1, 1, 1), **asdict(shape)),
+        all_block_plan(shape) if own_dense else Plan.dense(grid=(1, 1, 1), **asdict(shape)),
         candidates,
         journal,
         schedule=schedule,
@@ -118,7 +125,6 @@ def capture_scores(
     def kept_steps() -> list[int]:
         return middle_steps(run.noise_levels or (), run.sparse, forwards)
 
-    given = model_settings(pipe)
     guidance: float | None = None
     kept: list[Forward] = []
     try:
@@ -156,7 +162,7 @@ def capture_scores(
     return Captured(
         grid=grid.visual[0].grid,
         tokens=grid.tokens,
-        dtype=run.dtype or next(transformer.parameters()).dtype,
+        dtype=run.dtype or weights.dtype,
         noise_levels=tuple(levels),
         measured=tuple(run.wanted),
         calls=status.calls,

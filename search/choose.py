@@ -36,12 +36,14 @@ class Choice:
     seconds: float
 
 
-def choose(problem: Problem, *, max_error: float | None = None, max_seconds: float | None = None) -> Choice | None:
+def choose(
+    problem: Problem, *, max_error: float | None = None, max_seconds: float | None = None, patience: float = SECONDS
+) -> Choice | None:
     """The choice of least seconds within `max_error`, or of least error within `max_seconds`; None if there is none.
 
-    Solved by HiGHS to within a thousandth of the best. A layer has at most three head groups, each of which costs a
-    launch, or runs stock as a whole. Candidates that are no better than another of the same layout in anything are
-    left out first: that changes no optimum.
+    Solved by HiGHS to within a thousandth of the best, or as near as it comes in `patience` seconds. A layer has at
+    most three head groups, each of which costs a launch, or runs stock as a whole. Candidates that are no better than
+    another of the same layout in anything are left out first: that changes no optimum.
 
     Raises ValueError unless exactly one bound is given.
     """
@@ -94,7 +96,7 @@ def choose(problem: Problem, *, max_error: float | None = None, max_seconds: flo
         constraints=LinearConstraint(matrix, low, high),
         integrality=np.ones(size),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        options={"mip_rel_gap": GAP, "time_limit": patience},
     )
     if result.x is None:
         return None

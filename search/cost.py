@@ -128,9 +128,7 @@ def measure(
     for number, candidate in enumerate(candidates):
         own.append((0.0, 1.0) if isinstance(candidate.selector, Dense) else _alone(candidate, tensors, grid))
         report(len(jobs) + number + 1, total)
-    everything = HeadGroup(
-        tile=layouts[0][0], block=layouts[0][1], entries=(HeadPlan(heads=tuple(range(heads)), selector=Dense()),)
-    )
+    dense, stock = _whole(tensors, grid, *layouts[0])
     launch = float(weights[0])
     select = _selections(candidates, grid, tensors)
     report(total, total)
@@ -147,8 +145,8 @@ def measure(
         own=alone,
         own_density=[density for _, density in own],
         select=select,
-        dense=_layer(everything, tensors, grid)[0],
-        stock=_median(lambda: scaled_dot_product_attention(*tensors), tensors[0].device),
+        dense=dense,
+        stock=stock,
         rows=[
             CostRow(
                 block=block,
@@ -163,6 +161,27 @@ def measure(
             for (block, tokens, count, pooled, density), seconds, said in zip(rows, taken, fitted, strict=True)
         ],
     )
+
+
+def own_is_faster(
+    grid: tuple[int, int, int], *, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> bool:
+    """Whether a layer's dense attention takes our own kernel less time than SDPA here."""
+    own, stock = _whole(_tensors(grid, heads, head_dim, dtype, device), grid, runs=FEW)
+    return own < stock
+
+
+def _whole(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    tile: int = 128,
+    block: int = 64,
+    runs: int = RUNS,
+) -> tuple[float, float]:
+    """Median seconds of a layer's dense attention by our own kernel, and by SDPA."""
+    everything = HeadPlan(heads=tuple(range(tensors[0].shape[1])), selector=Dense())
+    own, _ = _layer(HeadGroup(tile=tile, block=block, entries=(everything,)), tensors, sizes, runs)
+    return own, _median(lambda: scaled_dot_product_attention(*tensors), tensors[0].device, runs)
 
 
 def _fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from ..pipelines.models import row_of
 from .sensitivity import Forward
 
 RUNS = 3
+PATIENCE = 30.0
+"""Seconds after which one forward of each has to do."""
 WORTH = 0.98
 """Share of a forward's time that it has to come down to: less is noise."""
 
@@ -28,8 +30,8 @@ def cross_by(transformer: nn.Module, forwards: Sequence[Forward]) -> Literal["ow
     if not forwards or not cross_modules(transformer, row):
         return None
     stock, own, calls = [], [], 0
-    _seconds(transformer, forwards[0])
-    for _ in range(RUNS):
+    spent = _seconds(transformer, forwards[0])
+    while len(own) < RUNS and (not own or spent < PATIENCE):
         stock.append(_seconds(transformer, forwards[0]))
         run = CrossRun(transformer, row)
         try:
@@ -37,6 +39,7 @@ def cross_by(transformer: nn.Module, forwards: Sequence[Forward]) -> Literal["ow
         finally:
             run.remove()
         calls += run.calls
+        spent += stock[-1] + own[-1]
     return "own" if calls and statistics.median(own) < WORTH * statistics.median(stock) else None
 
 

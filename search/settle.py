@@ -15,6 +15,8 @@ from .scoring import Score
 FOLDS = 4
 POINTS = 14
 """Budgets of the front, from the least time that there is to that of no error."""
+PATIENCE = 10.0
+"""Seconds for each of them: of heads that are all alike, the best is found at once and proved to be it in minutes."""
 
 
 def gathered(
@@ -76,7 +78,7 @@ def front(found: Findings, problem: Problem, constant: float, report: Callable[[
     ends = max(fastest.seconds, 1e-9), max(exact.seconds, 2e-9)
     choices = [fastest, exact]
     for number, seconds in enumerate(np.geomspace(*ends, POINTS)[1:-1].tolist()):
-        choice = choose(problem, max_seconds=seconds)
+        choice = choose(problem, max_seconds=seconds, patience=PATIENCE)
         choices += [choice] if choice is not None else []
         report("choice", number + 1, POINTS - 2)
     return pareto([point_of(found, choice, constant) for choice in choices])

@@ -93,4 +93,17 @@ def test_a_search_chooses_by_the_time_of_a_forward(wan, latents_of, monkeypatch,
         )[1],
     )
     assert cross_by(wan.transformer, forwards) == chosen
+    assert next(clock) == 7
     assert wan.transformer.blocks[0].attn2._forward_hooks == hooks
+
+
+def test_of_slow_forwards_one_of_each_will_do(wan, latents_of, monkeypatch):
+    with kept_forwards(wan.transformer, lambda: {0}, lambda: 0) as forwards:
+        latents_of(wan, steps=1)
+    timed = []
+    monkeypatch.setattr(
+        "ziggurat.search.cross._seconds",
+        lambda transformer, forward: (transformer(*forward.args, **forward.kwargs), timed.append(1), 20.0)[2],
+    )
+    assert cross_by(wan.transformer, forwards) is None
+    assert len(timed) == 3

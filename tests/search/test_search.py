@@ -17,8 +17,8 @@ from ziggurat.attention.schedule import Schedule
 from ziggurat.attention.skip import Skip
 from ziggurat.attention.topk import TopK
 from ziggurat.attention.window import Window
+from ziggurat.search import captured, scoring
 from ziggurat.search import run as searching
-from ziggurat.search import scoring
 from ziggurat.search.candidates import default_candidates, load_candidates, to_toml, with_dense
 from ziggurat.search.compose import layer_plan
 from ziggurat.search.findings import Candidate, Findings
@@ -104,6 +104,7 @@ def test_resumed_it_comes_to_the_same(wan, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_is_scored_is_what_attention_received(wan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(captured, "own_is_faster", lambda *_, **sizes: False)
     seen, scored = [], []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -129,6 +130,18 @@ def test_what_is_scored_is_what_attention_received(wan, tmp_path: Path, monkeypa
     for (step, branch, layer), one in zip(places, scored, strict=True):
         given = seen[4 * step + 2 * (branch == "uncond") + layer]
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one[3:], given, strict=True))
+
+
+def test_whoever_runs_the_dense_steps_scores_are_the_same(wan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    errors = []
+    for own in (False, True):
+        asked = []
+        monkeypatch.setattr(
+            captured, "own_is_faster", lambda *what, own=own, asked=asked, **_: (asked.append(what), own)[1]
+        )
+        errors.append(np.array(run(wan, tmp_path / str(own), proofs=0).findings.errors))
+        assert asked == [((5, 4, 6),)]
+    assert 0 < np.abs(errors[0] - errors[1]).max() < 1e-4
 
 
 def test_nan_is_named_by_layer(wan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
