@@ -224,32 +224,38 @@ struct Worker {
     }
 };
 
+// Lay out all rows of all heads; called by every thread of a parallel region.
+template <class Kind>
+void lay(const Call& call) {
+    const int64_t whole = call.batch * call.heads, units = call.blocks * call.block_units;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < whole; ++i) call.longest[2 * i] = call.longest[2 * i + 1] = 0;
+    for (int64_t i = 0; i < whole; ++i) {
+        float longest = 0, heaviest = 0;
+#pragma omp for schedule(static) nowait
+        for (int64_t unit = 0; unit < units; ++unit) {
+            longest = larger(longest, lay_unit<Kind>(call, i / call.heads, i % call.heads, unit));
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const float weight = call.unit_weight[(i * units + unit) * LANES + lane];
+                if (weight > NOTHING) heaviest = larger(heaviest, std::fabs(weight));
+            }
+        }
+#pragma omp critical
+        {
+            call.longest[2 * i] = larger(call.longest[2 * i], longest);
+            call.longest[2 * i + 1] = larger(call.longest[2 * i + 1], heaviest);
+        }
+    }
+#pragma omp barrier
+}
+
 template <class Kind>
 void attend(const Call& call) {
     const int64_t scratch_bytes = Worker<Kind>::bytes(call.padded_dim);
-    const int64_t whole = call.batch * call.heads, units = call.blocks * call.block_units;
-    const int64_t parts = (call.tile + ROWS - 1) / ROWS, tasks = whole * call.tiles * parts;
+    const int64_t parts = (call.tile + ROWS - 1) / ROWS, tasks = call.batch * call.heads * call.tiles * parts;
 #pragma omp parallel num_threads(call.threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < whole; ++i) call.longest[2 * i] = call.longest[2 * i + 1] = 0;
-        for (int64_t i = 0; i < whole; ++i) {
-            float longest = 0, heaviest = 0;
-#pragma omp for schedule(static) nowait
-            for (int64_t unit = 0; unit < units; ++unit) {
-                longest = larger(longest, lay_unit<Kind>(call, i / call.heads, i % call.heads, unit));
-                for (int64_t lane = 0; lane < LANES; ++lane) {
-                    const float weight = call.unit_weight[(i * units + unit) * LANES + lane];
-                    if (weight > NOTHING) heaviest = larger(heaviest, std::fabs(weight));
-                }
-            }
-#pragma omp critical
-            {
-                call.longest[2 * i] = larger(call.longest[2 * i], longest);
-                call.longest[2 * i + 1] = larger(call.longest[2 * i + 1], heaviest);
-            }
-        }
-#pragma omp barrier
+        if (!call.laid) lay<Kind>(call);
         Worker<Kind> worker(call, call.scratch + omp_get_thread_num() * scratch_bytes);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; ++task) {

@@ -28,6 +28,7 @@ constexpr float NOTHING = -INFINITY;
 struct Call {
     int64_t batch, heads, tokens, head_dim, padded_dim, tiles, tile;
     int64_t block, block_units, blocks, level_blocks, threads, wide_out;
+    int64_t laid;  // key_units, value_units, unit_weight and longest hold what an earlier call laid out
     int64_t query_stride[3], key_stride[3], value_stride[3], pooled_key_stride[3], pooled_value_stride[3];
     int64_t weight_stride[2], list_stride[2], query_rows_stride, key_rows_stride;
     float scale;

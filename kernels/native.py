@@ -1,7 +1,8 @@
 """The torch backend's C++ kernels for CPUs with AVX-512: their arguments, forward and backward.
 
 They read queries, keys and values through the row maps, keep scores in cache, and make no copies for a tile; the
-sums are float32. Only the layout of keys and values is made anew in each call, for as many heads as fit.
+sums are float32. Only the layout of keys and values is made anew in each call, for as many heads as fit, unless the
+pyramid keeps it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .tables import Group, groups, of_group
 
 LANES = 16
 MOST_HEAD_DIM = 256
+LAID = ("key_units", "value_units")
 TENSORS = ("query", "key", "value", "pooled_key", "pooled_value")
 POINTERS = (
     *(*TENSORS, "weight", "key_rows", "query_rows", "count", "masked_count", "pool", "row_masks", "start"),
@@ -35,6 +37,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "head_dim", "padded_dim", "tiles", "tile")),
         *((name, ctypes.c_int64) for name in ("block", "block_units", "blocks", "level_blocks", "threads", "wide_out")),
+        ("laid", ctypes.c_int64),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in TENSORS),
         *((name, ctypes.c_int64 * 2) for name in ("weight_stride", "list_stride")),
         *((name, ctypes.c_int64) for name in ("query_rows_stride", "key_rows_stride")),
@@ -79,13 +82,20 @@ def attend(
     units = _units(blocks, pyramid, out.shape[3])
     batch, heads, _ = lse.shape
     for group in groups(batch, heads, 2 * units * dtype.itemsize):
+        kept = {} if pyramid.layouts is None else pyramid.layouts
+        place = "native", dtype, group
+        known = place in kept
         size = len(group[0]) * len(group[1])
-        laid = {name: out.new_empty(size, units, dtype=dtype) for name in ("key_units", "value_units")}
-        laid |= {"scratch": scratch, "longest": lse.new_empty(size, 2)}
-        call, held = _call(ready, pyramid, blocks, scale, group, {**laid, "out": out, "lse": lse})
+        laid = kept[place] if known else {name: out.new_empty(size, units, dtype=dtype) for name in LAID}
+        if not known:
+            rows = units // _padded(out.shape[3])
+            laid |= {"unit_weight": lse.new_empty(size, rows), "longest": lse.new_empty(size, 2)}
+        call, held = _call(ready, pyramid, blocks, scale, group, {**laid, "scratch": scratch, "out": out, "lse": lse})
+        call.laid = known
         run(ctypes.byref(call))
+        kept[place] = laid
         # Before the next group's are made.
-        del held, laid
+        del held, laid, kept
 
 
 def block_mass(
@@ -186,7 +196,8 @@ def _call(
     entries, heads, tokens, head_dim = held["query"].shape
     padded = _padded(head_dim)
     size = entries * heads
-    held["unit_weight"] = held["lse"].new_empty(size, _units(blocks, pyramid, head_dim) // padded)
+    if "unit_weight" not in held:
+        held["unit_weight"] = held["lse"].new_empty(size, _units(blocks, pyramid, head_dim) // padded)
     call = Call(
         **{"batch": entries, "heads": heads, "tokens": tokens, "head_dim": head_dim, "padded_dim": padded},
         **{"tiles": blocks.tiles, "tile": blocks.tile, "block": blocks.block, "block_units": -(-blocks.block // LANES)},

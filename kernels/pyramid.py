@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class KVPyramid:
     offsets: first row of each level, and R at the end; every one a multiple of `block`.
     factors: level-0 rows that one row of each level stands for; the first is 1.
     block: rows per block.
+    layouts: what kernels made of the rows, kept for further calls; None = nothing is kept.
     """
 
     key: Tensor
@@ -37,6 +38,16 @@ class KVPyramid:
     offsets: tuple[int, ...]
     factors: tuple[int, ...]
     block: int
+    # Not handed on by `dataclasses.replace`: other rows have other layouts.
+    layouts: dict[Any, Any] | None = field(default=None, init=False, compare=False, repr=False)
+
+    def keep_layouts(self) -> KVPyramid:
+        """Have kernels keep what they lay out, for many lists over the same rows: up to another K and V in memory.
+
+        The pyramid's tensors must stay as they are from the first call on.
+        """
+        object.__setattr__(self, "layouts", {})
+        return self
 
     @property
     def rows(self) -> int:

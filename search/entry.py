@@ -97,7 +97,7 @@ class Call:
         return entry.layout if self.every == 1 else entry.layout.of_tiles(self.tiles(entry))
 
     def pyramid(self, entry: Entry) -> KVPyramid:
-        """The call's keys and values, laid out and pooled."""
+        """The call's keys and values, laid out once for every list, and pooled."""
         key = entry.rows, entry.factors
         if key not in self._pyramids:
             self._pyramids[key] = build_pyramid(
@@ -107,7 +107,7 @@ class Call:
                 block=entry.layout.block,
                 factors=entry.factors,
                 key_log_weight=self.key_log_weight,
-            )
+            ).keep_layouts()
         return self._pyramids[key]
 
     def dense(self, entry: Entry) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """The C++ kernels: when they are taken, what is said when they are not, and that a call's cut changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ziggurat.kernels import gather, native_build, selftest, tables
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.cases import Case, build
+from ziggurat.kernels.listops import all_blocks
 
 CPU = torch.device("cpu")
 
@@ -91,3 +94,26 @@ def test_threads_change_no_output(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     for got, exact in zip(attend(problem.query, problem.pyramid(), problem.blocks), wanted, strict=True):
         assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_layouts_serve_every_list(dtype, apart, monkeypatch):
+    if lacking := native_build.lacking(dtype, CPU):
+        pytest.skip(lacking)
+    if apart:
+        monkeypatch.setattr(tables, "TABLE_BYTES", 1)
+    problem = build(Case(lists="per_batch", factors=(1, 4), layout="shuffled", head_dim=48), dtype)
+    everything = all_blocks(problem.blocks.query_rows, problem.blocks.block)
+    kept = problem.pyramid().keep_layouts()
+    assert kept.layouts == {}
+    for blocks, scale in ((problem.blocks, None), (everything, None), (problem.blocks, 0.3)):
+        wanted = attend(problem.query, problem.pyramid(), blocks, scale=scale, backend="torch")
+        for got, exact in zip(attend(problem.query, kept, blocks, scale=scale, backend="torch"), wanted, strict=True):
+            assert torch.equal(got, exact)
+        assert len(kept.layouts) == (problem.query.shape[0] * problem.query.shape[1] if apart else 1)
+    # What was laid out is read, not the rows.
+    kept.key.zero_()
+    assert torch.equal(attend(problem.query, kept, problem.blocks, scale=0.3, backend="torch")[1], got)
+    # The pyramid of other rows keeps nothing of these.
+    assert replace(kept, log_weight=kept.log_weight).layouts is None
