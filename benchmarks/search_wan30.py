@@ -2,7 +2,7 @@
 
 A random-weight WanTransformer3DModel of 30 layers, 12 heads of 128 (Wan 2.1 1.3B's own sizes) with the text encoder and
 VAE of `shapes`, at 4,096 tokens: 4 prompts, 3 noise levels, both guidance branches, the default candidates, errors
-measured on 256 queries of a call. Random maps are uniform, so that this tells time and memory alone; nothing is proved.
+measured on 128 queries of a call. Random maps are uniform, so that this tells time and memory alone; nothing is proved.
 A search that was interrupted goes on, and its seconds add up. On a machine that does nothing else.
 """
 
@@ -24,7 +24,7 @@ FRAMES, SIZE = 31, 128
 """16 latent frames of 16 x 16 patches."""
 STEPS = 4
 """One that builds lists and measures what they leave out, and three to be scored."""
-ROWS, PASSES = 256, 5
+ROWS, PASSES = 128, 5
 LAYERS, HEADS, HEAD_DIM, FFN = 30, 12, 128, 8960
 
 

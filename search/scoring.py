@@ -122,7 +122,8 @@ class ScoringRun(PlanRun):
         self.grid: TokenGrid | None = None
         self.dtype: torch.dtype | None = None
         self._entries: dict[TokenGrid, list[Entry]] = {}
-        self._built: dict[tuple[int, int, str, int], list[BlockList | BitList | None]] = {}
+        # Of each branch and layer, the lists that the steps to come read.
+        self._built: dict[tuple[str, int], list[BlockList | BitList | None]] = {}
         self.corrected = any(candidate.correction != "none" for candidate in candidates)
         # The call of each branch and layer that corrections are measured in.
         self._held: dict[tuple[str, int], Sample] = {}
@@ -184,18 +185,18 @@ class ScoringRun(PlanRun):
                 self._entries[sample.grid] = entries_of(self.candidates, sample.grid, query.device)
             entries = self._entries[sample.grid]
             with torch.no_grad():
-                for step in steps:
-                    if step != sample.step:
-                        one = self._call(sample, call, step)
-                        self._built[place[0], step, *place[2:]] = [_kept(one, entry) for entry in entries]
-                        if self.corrected:
-                            self._held[place[2:]] = sample.to("cpu")
+                looked = self._call(sample, call)
+                if any(step != sample.step for step in steps):
+                    self._built[place[2:]] = [_kept(looked, entry) for entry in entries]
+                    if self.corrected:
+                        self._held[place[2:]] = sample.to("cpu")
                 if measured:
-                    lists = self._built.pop(place, None)
-                    before = None
-                    if self.corrected and self.builds[sample.step] != sample.step:
-                        before = self._call(self._held[place[2:]].to(query.device), call, sample.step)
-                    found = score(self._call(sample, call, sample.step), entries, lists, before)
+                    lists = before = None
+                    if self.builds[sample.step] != sample.step:
+                        lists = self._built[place[2:]]
+                        if self.corrected:
+                            before = self._call(self._held[place[2:]].to(query.device), call)
+                    found = score(looked, entries, lists, before)
                     self.journal.add(
                         Score(
                             prompt=self.prompt,
@@ -209,16 +210,17 @@ class ScoringRun(PlanRun):
                     self.report()
         return super().attend_layer(query, key, value, **call)
 
-    def _call(self, sample: Sample, given: dict[str, Any], step: int) -> Call:
-        """The call as it is looked at to measure a step: calls of a layer take turns, the same whenever they
-        are made."""
-        own = self.wanted.index(step) * 2 + self.branches.index(sample.branch)
+    def _call(self, sample: Sample, given: dict[str, Any]) -> Call:
+        """The call as it is looked at: those of a layer take turns, the same whenever they are made, and those that
+        read one build's lists look at the same queries."""
+        builds = sorted(set(self.builds.values()))
+        own = builds.index(self.builds.get(sample.step, sample.step)) * 2 + self.branches.index(sample.branch)
         return Call(
             sample,
             scale=given.get("scale"),
             key_log_weight=given.get("key_log_weight"),
             rows=self.rows,
-            turn=self.prompt * 2 * len(self.wanted) + own,
+            turn=self.prompt * 2 * len(builds) + own,
         )
 
 

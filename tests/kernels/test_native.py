@@ -107,13 +107,21 @@ def test_kept_layouts_serve_every_list(dtype, apart, monkeypatch):
     everything = all_blocks(problem.blocks.query_rows, problem.blocks.block)
     kept = problem.pyramid().keep_layouts()
     assert kept.layouts == {}
-    for blocks, scale in ((problem.blocks, None), (everything, None), (problem.blocks, 0.3)):
-        wanted = attend(problem.query, problem.pyramid(), blocks, scale=scale, backend="torch")
-        for got, exact in zip(attend(problem.query, kept, blocks, scale=scale, backend="torch"), wanted, strict=True):
-            assert torch.equal(got, exact)
+
+    def same(blocks, scale, fresh):
+        got = attend(problem.query, kept, blocks, scale=scale, backend="torch")
+        wanted = attend(problem.query, fresh, blocks, scale=scale, backend="torch")
+        assert kept.layouts is not None
         assert len(kept.layouts) == (problem.query.shape[0] * problem.query.shape[1] if apart else 1)
+        return all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+    assert same(problem.blocks, None, problem.pyramid())
+    assert same(everything, None, problem.pyramid())
+    assert same(problem.blocks, 0.3, problem.pyramid())
     # What was laid out is read, not the rows.
+    before = problem.pyramid(problem.key.clone())
     kept.key.zero_()
-    assert torch.equal(attend(problem.query, kept, problem.blocks, scale=0.3, backend="torch")[1], got)
+    assert same(problem.blocks, None, before)
+    assert not same(problem.blocks, None, problem.pyramid())
     # The pyramid of other rows keeps nothing of these.
     assert replace(kept, log_weight=kept.log_weight).layouts is None
