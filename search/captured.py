@@ -80,8 +80,8 @@ def capture_scores(
         journal_path.unlink(missing_ok=True)
     weights = next(transformer.parameters())
     header = {
-        # A journal that scored lists built anew at every step is another search's.
-        "lists": "as old as the schedule leaves them",
+        # A journal that scored lists built anew at every step, or on other queries, is another search's.
+        "lists": "as old as the schedule leaves them, on the queries of the call that built them",
         "shape": asdict(shape),
         "prompts": list(prompts),
         "candidates": [candidate.model_dump(mode="json") for candidate in candidates],
