@@ -108,8 +108,8 @@ def search(
         expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
             one alone.
         noise_steps: at how many of the sparse denoising steps to measure, those of `middle_steps`.
-        rows: queries of a call that errors are measured on, about; calls of a layer take turns, so that they see all of
-            the sequence between them. None = all queries of every call.
+        rows: queries of a call that errors are measured on, about; calls of a layer that read different lists take
+            turns, so that they see more of the sequence between them. None = all queries of every call.
         passes: forwards of the transformer that sensitivities may take; of models with more layers some are measured.
         steps, frames, height, width, guidance: of every run, the model's own by default.
         schedule: of the plan. Its dense steps go to our own kernel where that is the faster one here.
