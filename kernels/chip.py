@@ -12,6 +12,18 @@ def has_amx() -> bool:
 
 
 @functools.cache
+def has_avx2() -> bool:
+    """Does this CPU compute with eight floats at a time? All that do multiply and add at once."""
+    return torch.cpu._is_avx2_supported()
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Does this CPU compute with sixteen floats at a time?"""
+    return torch.cpu._is_avx512_supported()
+
+
+@functools.cache
 def has_bfloat16() -> bool:
     """Does this CPU have bfloat16 products at all? Without them float32 is the faster dtype."""
     return has_amx() or torch.cpu._is_avx512_bf16_supported()

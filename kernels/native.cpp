@@ -1,4 +1,4 @@
-// Attention over a block list on a CPU with AVX-512, as one pass: no scores in memory, no gathered copies of K and V.
+// Attention over a block list on a CPU with AVX2 or AVX-512, as one pass: no scores in memory, no gathered copies of K and V.
 #include "native.h"
 
 namespace {
@@ -34,7 +34,7 @@ struct Worker {
     const Element* keys[UNITS];
     const Element* values[UNITS];
     const float* weights[UNITS];
-    __mmask16 masks[UNITS];
+    Mask masks[UNITS];
     // The tile at hand.
     int64_t rows = 0;
     bool shifted = false;
@@ -100,10 +100,10 @@ struct Worker {
         if (masks[units] != 0xffff) {
             // What a row mask hides may hold NaN, which even a weight of 0 would spread.
             Element* copy = patched + units * size;
-            __m512i kept[LANES / Kind::step];
+            Floats kept[LANES / Kind::step];
             for (int64_t lane = 0; lane < LANES; lane += Kind::step) kept[lane / Kind::step] = Kind::of_rows(masks[units] >> lane);
             for (int64_t at = 0; at < size; at += LANES * Kind::step)
-                _mm512_store_si512(copy + at, _mm512_and_si512(kept[at / LANES / Kind::step % (LANES / Kind::step)], _mm512_load_si512(values[units] + at)));
+                Kind::store_bits(copy + at, vec::bits_of_both(Kind::bits(values[units] + at), kept[at / LANES / Kind::step % (LANES / Kind::step)]));
             values[units] = copy;
         }
         ++units;
@@ -118,8 +118,8 @@ struct Worker {
             scores<false>();
         }
         int64_t d = 0;
-        for (; d + 2 * LANES <= D; d += 2 * LANES)
-            for (int64_t row = 0; row < rows; row += GROUP) weigh<2>(row, d);
+        for (; d + WIDE * LANES <= D; d += WIDE * LANES)
+            for (int64_t row = 0; row < rows; row += GROUP) weigh<WIDE>(row, d);
         for (; d < D; d += LANES)
             for (int64_t row = 0; row < rows; row += GROUP) weigh<1>(row, d);
         units = 0;
@@ -128,10 +128,10 @@ struct Worker {
     template <bool Shifted>
     void scores() {
         int64_t unit = 0;
-        for (; unit + 2 <= units; unit += 2)
+        for (; unit + WIDE <= units; unit += WIDE)
             for (int64_t row = 0; row < rows; row += GROUP) {
                 fetch(unit, row);
-                score<Shifted, 2>(row, unit);
+                score<Shifted, WIDE>(row, unit);
             }
         for (; unit < units; ++unit)
             for (int64_t row = 0; row < rows; row += GROUP) score<Shifted, 1>(row, unit);
@@ -139,40 +139,47 @@ struct Worker {
 
     // A part, as large as 8 rows are of the tile, of the keys that are multiplied next and of the values soon after.
     void fetch(int64_t unit, int64_t row) {
-        const int64_t bytes = 2 * size * sizeof(Element), first = bytes * row / rows / 64 * 64, last = bytes * (row + GROUP) / rows;
+        const int64_t bytes = WIDE * size * sizeof(Element), first = bytes * row / rows / 64 * 64, last = bytes * (row + GROUP) / rows;
         for (int64_t at = first; at < last; at += 64) {
-            const int64_t half = at / (bytes / 2), inside = at % (bytes / 2);
-            if (unit + 2 + half < units) _mm_prefetch(reinterpret_cast<const char*>(keys[unit + 2 + half]) + inside, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(values[unit + half]) + inside, _MM_HINT_T1);
+            const int64_t here = unit + at / (bytes / WIDE), inside = at % (bytes / WIDE);
+            if (here + WIDE < units) _mm_prefetch(reinterpret_cast<const char*>(keys[here + WIDE]) + inside, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values[here]) + inside, _MM_HINT_T1);
         }
     }
 
     template <bool Shifted, int U>
     void score(int64_t row, int64_t unit) {
-        __m512 sum[GROUP][U];
+        Floats sum[GROUP][U];
         const Element* columns[U];
         for (int u = 0; u < U; ++u) columns[u] = keys[unit + u];
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = _mm512_setzero_ps();
+        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::spread(0);
         multiply<Kind, U>(sum, query + row * D, D, columns, D / Kind::step);
-        const __m512 factor = _mm512_set1_ps(call.scale * static_cast<float>(M_LOG2E)), nothing = _mm512_set1_ps(NOTHING);
+        const Floats factor = vec::spread(call.scale * static_cast<float>(M_LOG2E)), nothing = vec::spread(NOTHING);
+        // Copies, since any store might change what members point to.
+        Floats weight[U];
+        Mask mask[U];
+        for (int u = 0; u < U; ++u) weight[u] = vec::load(weights[unit + u]), mask[u] = masks[unit + u];
+        float* const total_of = sums;
+        float* const logits_of = logits;
+        Element* const power_of = power;
 #pragma GCC unroll 8
         for (int r = 0; r < GROUP; ++r) {
-            __m512 total = _mm512_setzero_ps();
+            Floats total = vec::spread(0);
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u) {
-                __m512 x = _mm512_fmadd_ps(sum[r][u], factor, _mm512_loadu_ps(weights[unit + u]));
-                x = _mm512_mask_mov_ps(nothing, masks[unit + u], x);
+                Floats x = vec::multiply_add(sum[r][u], factor, weight[u]);
+                if (mask[u] != 0xffff) x = vec::select(mask[u], x, nothing);
                 const int64_t at = (row + r) * stride + (unit + u) * LANES;
                 if (Shifted) {
-                    _mm512_store_ps(logits + at, x);
+                    vec::store(logits_of + at, x);
                 } else {
                     x = exp2<Kind>(x);
-                    total = _mm512_add_ps(total, x);
-                    Kind::store(power + at, x);
+                    total = vec::add(total, x);
+                    Kind::store(power_of + at, x);
                 }
             }
-            if (!Shifted) _mm512_store_ps(sums + (row + r) * LANES, _mm512_add_ps(total, _mm512_load_ps(sums + (row + r) * LANES)));
+            if (!Shifted) vec::store(total_of + (row + r) * LANES, vec::add(total, vec::load(total_of + (row + r) * LANES)));
         }
     }
 
@@ -180,47 +187,47 @@ struct Worker {
     void shift() {
         for (int64_t row = 0; row < rows; ++row) {
             const float* from = logits + row * stride;
-            __m512 highest = _mm512_set1_ps(most[row]);
-            for (int64_t unit = 0; unit < units; ++unit) highest = _mm512_max_ps(highest, _mm512_load_ps(from + unit * LANES));
-            const float now = std::max(_mm512_reduce_max_ps(highest), -3e38f);
+            Floats highest = vec::spread(most[row]);
+            for (int64_t unit = 0; unit < units; ++unit) highest = vec::larger(highest, vec::load(from + unit * LANES));
+            const float now = std::max(vec::largest_of(highest), -3e38f);
             if (now > most[row]) {
-                const __m512 factor = _mm512_set1_ps(std::exp2(most[row] - now));
+                const Floats factor = vec::spread(std::exp2(most[row] - now));
                 for (int64_t d = 0; d < D; d += LANES)
-                    _mm512_store_ps(out + row * D + d, _mm512_mul_ps(factor, _mm512_load_ps(out + row * D + d)));
-                _mm512_store_ps(sums + row * LANES, _mm512_mul_ps(factor, _mm512_load_ps(sums + row * LANES)));
+                    vec::store(out + row * D + d, vec::multiply(factor, vec::load(out + row * D + d)));
+                vec::store(sums + row * LANES, vec::multiply(factor, vec::load(sums + row * LANES)));
                 most[row] = now;
             }
-            __m512 total = _mm512_load_ps(sums + row * LANES);
+            Floats total = vec::load(sums + row * LANES);
             for (int64_t unit = 0; unit < units; ++unit) {
-                const __m512 x = exp2<Kind>(_mm512_sub_ps(_mm512_load_ps(from + unit * LANES), _mm512_set1_ps(now)));
-                total = _mm512_add_ps(total, x);
+                const Floats x = exp2<Kind>(vec::subtract(vec::load(from + unit * LANES), vec::spread(now)));
+                total = vec::add(total, x);
                 Kind::store(power + row * stride + unit * LANES, x);
             }
-            _mm512_store_ps(sums + row * LANES, total);
+            vec::store(sums + row * LANES, total);
         }
     }
 
     // Add 8 rows' weighted values of 16 U columns to the outputs.
     template <int U>
     void weigh(int64_t row, int64_t d) {
-        __m512 sum[GROUP][U];
+        Floats sum[GROUP][U];
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = _mm512_load_ps(out + (row + i / U) * D + d + i % U * LANES);
+        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::load(out + (row + i / U) * D + d + i % U * LANES);
         for (int64_t unit = 0; unit < units; ++unit) {
             const Element* columns[U];
             for (int u = 0; u < U; ++u) columns[u] = values[unit] + (d + u * LANES) * LANES;
             multiply<Kind, U>(sum, power + row * stride + unit * LANES, stride, columns, LANES / Kind::step);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) _mm512_store_ps(out + (row + i / U) * D + d + i % U * LANES, sum[i / U][i % U]);
+        for (int i = 0; i < GROUP * U; ++i) vec::store(out + (row + i / U) * D + d + i % U * LANES, sum[i / U][i % U]);
     }
 
     void finish(int64_t row, int64_t token) {
-        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(sums + row * LANES));
+        const float sum = vec::sum_of(vec::load(sums + row * LANES));
         const float over = sum == 0 ? 0 : 1 / sum;
         call.lse[token] = sum == 0 ? NOTHING : static_cast<float>(M_LN2) * (std::log2(sum) + (shifted ? most[row] : 0));
         for (int64_t d = 0; d < call.head_dim; d += LANES)
-            write<Kind>(call, token, d, _mm512_mul_ps(_mm512_set1_ps(over), _mm512_load_ps(out + row * D + d)));
+            write<Kind>(call, token, d, vec::multiply(vec::spread(over), vec::load(out + row * D + d)));
     }
 };
 

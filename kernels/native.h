@@ -4,7 +4,6 @@
 // summed over, a step being the number of elements that one multiply-add sums: 2 in bfloat16, 1 in float32.
 #pragma once
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -12,13 +11,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "native_vector.h"
+
 namespace {
 
-constexpr int64_t LANES = 16;         // keys in a unit, and floats in a register
 constexpr int64_t MOST_DIM = 256;
 constexpr int64_t ROWS = 128;         // queries computed at a time
 constexpr int64_t UNITS = 16;         // units computed at a time: their V and the scores of 8 queries fit a first-level cache
-constexpr int GROUP = 8;              // queries in registers at a time; with two units, 16 sums
 constexpr float SAFE_POWER = 100.0f;  // powers of two whose sums and products stay inside float32's range
 constexpr float NOTHING = -INFINITY;
 
@@ -48,33 +47,35 @@ namespace {
 struct Single {
     using Element = float;
     static constexpr int64_t step = 1;
-    static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-    static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
-    static void store_steps(float* to, __m512 even, __m512 odd) {
-        _mm512_store_ps(to, even);
-        _mm512_store_ps(to + LANES, odd);
+    static Floats load(const float* from) { return vec::load(from); }
+    static void store(float* to, Floats x) { vec::store(to, x); }
+    static void store_steps(float* to, Floats even, Floats odd) {
+        vec::store(to, even);
+        vec::store(to + LANES, odd);
     }
-    static __m512 multiply_add(__m512 sum, const float* one, __m512 many) {
-        return _mm512_fmadd_ps(_mm512_set1_ps(*one), many, sum);
+    static Floats multiply_add(Floats sum, const float* one, Floats many) {
+        return vec::multiply_add(vec::spread(*one), many, sum);
     }
-    static __m512 add_squares(__m512 sum, const float* from) {
-        const __m512 x = _mm512_loadu_ps(from);
-        return _mm512_fmadd_ps(x, x, sum);
+    static Floats add_squares(Floats sum, const float* from) {
+        const Floats x = vec::load(from);
+        return vec::multiply_add(x, x, sum);
     }
     // Sixteen elements, zeros where the mask is not set.
-    static void keep(float* to, const float* from, __mmask16 mask) { _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, from)); }
-    using Register = __m512;
-    static Register panel(const float* from) { return _mm512_load_ps(from); }
+    static void keep(float* to, const float* from, Mask mask) { vec::store(to, vec::load_some(from, mask)); }
+    using Register = Floats;
+    static Register panel(const float* from) { return vec::load(from); }
+    static Floats bits(const float* from) { return vec::load(from); }
+    static void store_bits(float* to, Floats x) { vec::store(to, x); }
     // All bits of a step's rows that `shown` names, the first in bit 0, and none of the others'.
-    static __m512i of_rows(uint32_t shown) { return _mm512_set1_epi32(shown & 1 ? -1 : 0); }
-    static __m512 exp2_of_fraction(__m512 x) {
-        __m512 y = _mm512_set1_ps(1.53533634e-4f);
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.33988750e-3f));
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(9.61843692e-3f));
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(5.55033237e-2f));
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(2.40226477e-1f));
-        y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(6.93147182e-1f));
-        return _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.0f));
+    static Floats of_rows(uint32_t shown) { return vec::spread_bits(shown & 1 ? -1 : 0); }
+    static Floats exp2_of_fraction(Floats x) {
+        Floats y = vec::spread(1.53533634e-4f);
+        y = vec::multiply_add(y, x, vec::spread(1.33988750e-3f));
+        y = vec::multiply_add(y, x, vec::spread(9.61843692e-3f));
+        y = vec::multiply_add(y, x, vec::spread(5.55033237e-2f));
+        y = vec::multiply_add(y, x, vec::spread(2.40226477e-1f));
+        y = vec::multiply_add(y, x, vec::spread(6.93147182e-1f));
+        return vec::multiply_add(y, x, vec::spread(1.0f));
     }
 };
 
@@ -98,12 +99,14 @@ struct Brain {
         const __m512bh x = (__m512bh)_mm512_loadu_si512(from);
         return _mm512_dpbf16_ps(sum, x, x);
     }
-    static void keep(uint16_t* to, const uint16_t* from, __mmask16 mask) {
+    static void keep(uint16_t* to, const uint16_t* from, Mask mask) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
     }
     using Register = __m512i;
     static Register panel(const uint16_t* from) { return _mm512_load_si512(from); }
-    static __m512i of_rows(uint32_t shown) { return _mm512_set1_epi32((shown & 1 ? 0xffff : 0) | (shown & 2 ? 0xffff0000 : 0)); }
+    static Floats bits(const uint16_t* from) { return _mm512_castsi512_ps(_mm512_load_si512(from)); }
+    static void store_bits(uint16_t* to, Floats x) { _mm512_store_si512(to, _mm512_castps_si512(x)); }
+    static Floats of_rows(uint32_t shown) { return vec::spread_bits((shown & 1 ? 0xffff : 0) | (shown & 2 ? 0xffff0000 : 0)); }
     static __m512 multiply_add(__m512 sum, const uint16_t* one, Register many) {
         int32_t pair;
         std::memcpy(&pair, one, 4);
@@ -121,16 +124,16 @@ struct Brain {
 #endif
 
 template <class Kind>
-__m512 exp2(__m512 x) {
-    // The order of operands lets NaN through; below -1000 all is 0.
-    x = _mm512_max_ps(_mm512_set1_ps(-1000.0f), x);
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_scalef_ps(Kind::exp2_of_fraction(_mm512_sub_ps(x, whole)), whole);
+Floats exp2(Floats x) {
+    // The order of operands lets NaN through; below the least power all is 0.
+    x = vec::larger(vec::spread(vec::LEAST_POWER), x);
+    const Floats whole = vec::nearest(x);
+    return vec::scale(Kind::exp2_of_fraction(vec::subtract(x, whole)), whole);
 }
 
 // sum[r][u] += rows[r] · columns[u] over `steps` steps.
 template <class Kind, int U>
-inline void multiply(__m512 (&sum)[GROUP][U], const typename Kind::Element* rows, int64_t stride,
+inline void multiply(Floats (&sum)[GROUP][U], const typename Kind::Element* rows, int64_t stride,
                      const typename Kind::Element* (&columns)[U], int64_t steps) {
     for (int64_t s = 0; s < steps; ++s) {
         typename Kind::Register many[U];
@@ -147,12 +150,12 @@ inline void multiply(__m512 (&sum)[GROUP][U], const typename Kind::Element* rows
 
 template <class Kind>
 float squared(const typename Kind::Element* row, int64_t padded_dim) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = vec::spread(0);
     for (int64_t d = 0; d < padded_dim; d += LANES) {
-        const __m512 x = Kind::load(row + d);
-        sum = _mm512_fmadd_ps(x, x, sum);
+        const Floats x = Kind::load(row + d);
+        sum = vec::multiply_add(x, x, sum);
     }
-    return _mm512_reduce_add_ps(sum);
+    return vec::sum_of(sum);
 }
 
 // The larger; NaN if either is.
@@ -186,54 +189,20 @@ void lay_row(const Element* from, int64_t head_dim, int64_t D, Element* to) {
     if (held < D) std::memset(to + held, 0, (D - held) * sizeof(*to));
 }
 
-// Of 16 rows of 32-bit words, `stride` apart, `count` columns (16 or fewer), each as the 16 words of a register.
-inline void transpose(const int32_t* rows, int64_t stride, int64_t count, int32_t* to) {
-    __m512i a[LANES], b[LANES];
-    const __mmask16 held = (1u << count) - 1;
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i) a[i] = _mm512_maskz_loadu_epi32(held, rows + i * stride);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < LANES; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    // Then a[4 i + j] holds in its quarter q column 4 q + j of rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < LANES; i += 4)
-#pragma GCC unroll 2
-        for (int64_t j = 0; j < 2; ++j) {
-            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-        }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < 4; ++j) {
-        const __m512i even[2] = {_mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88)};
-        const __m512i odd[2] = {_mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd)};
-        b[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
-        b[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
-        b[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
-        b[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i)
-        if (i < count) _mm512_storeu_si512(to + i * LANES, b[i]);
-}
-
 // Sixteen rows of D elements as a unit, whose products are summed over D: [D / step][row][step], a step being 32 bits.
 template <class Kind>
 void lay_along(const typename Kind::Element* rows, int64_t D, typename Kind::Element* to) {
     const int64_t words = D / Kind::step;
     for (int64_t first = 0; first < words; first += LANES)
-        transpose(reinterpret_cast<const int32_t*>(rows) + first, words, std::min(LANES, words - first), reinterpret_cast<int32_t*>(to) + first * LANES);
+        vec::transpose(reinterpret_cast<const int32_t*>(rows) + first, words, std::min(LANES, words - first), reinterpret_cast<int32_t*>(to) + first * LANES);
 }
 
 // The largest square of the length of a unit's rows, laid along; NaN if any is.
 template <class Kind>
 float longest_of(const typename Kind::Element* unit, int64_t D) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = vec::spread(0);
     for (int64_t at = 0; at < D * LANES; at += LANES * Kind::step) sum = Kind::add_squares(sum, unit + at);
-    const __mmask16 strange = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
-    return strange ? NAN : _mm512_reduce_max_ps(sum);
+    return vec::strange(sum) ? NAN : vec::largest_of(sum);
 }
 
 // Sixteen rows of D elements as a unit, whose products are summed over the rows: [D / 16][row / step][column][step].
@@ -261,16 +230,16 @@ void read_unit(const Call& call, int64_t entry, int64_t head, int64_t unit, type
 }
 
 // Which rows of a unit a row mask shows. `first` is a multiple of 16, so that they are half a word.
-inline __mmask16 shown(const int32_t* bits, int64_t first) {
-    return bits ? static_cast<__mmask16>(static_cast<uint32_t>(bits[first / 32]) >> (first % 32)) : 0xffff;
+inline Mask shown(const int32_t* bits, int64_t first) {
+    return bits ? static_cast<Mask>(static_cast<uint32_t>(bits[first / 32]) >> (first % 32)) : 0xffff;
 }
 
 // Write 16 floats or fewer of an output row.
 template <class Kind>
-void write(const Call& call, int64_t token, int64_t d, __m512 x) {
+void write(const Call& call, int64_t token, int64_t d, Floats x) {
     const int64_t here = std::min(LANES, call.head_dim - d), at = token * call.head_dim + d;
     if (call.wide_out) {
-        _mm512_mask_storeu_ps(static_cast<float*>(call.out) + at, (1u << here) - 1, x);
+        vec::store_some(static_cast<float*>(call.out) + at, x, (1u << here) - 1);
     } else {
         alignas(64) typename Kind::Element narrow[LANES];
         Kind::store(narrow, x);

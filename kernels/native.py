@@ -1,4 +1,4 @@
-"""The torch backend's C++ kernels for CPUs with AVX-512: their arguments, forward and backward.
+"""The torch backend's C++ kernels for CPUs with AVX2 or AVX-512: their arguments, forward and backward.
 
 They read queries, keys and values through the row maps, keep scores in cache, and make no copies for a tile; the
 sums are float32. Only the layout of keys and values is made anew in each call, for as many heads as fit, unless the

@@ -1,4 +1,4 @@
-"""The CPU kernels in C++ (`native*.cpp`, for chips with AVX-512): compiled at their first use, once a machine."""
+"""The CPU kernels in C++ (`native*.cpp`, for chips with AVX2 or AVX-512): compiled at their first use, once a machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from .chip import has_amx, has_bfloat16
+from .chip import has_amx, has_avx2, has_avx512, has_bfloat16
 
 FOLDER = Path(__file__).parent
 UNITS = ("native.cpp", "native_grad.cpp", "native_mass.cpp", "native_pool.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+HEADERS = ("native.h", "native_vector.h")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-mfma")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 
 
 def lacking(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -26,8 +28,8 @@ def lacking(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"they are for float32 and bfloat16 on CPUs, not for {dtype} on {device.type}"
     if dtype == torch.bfloat16 and has_amx():
         return "PyTorch's fused kernel is faster with AMX"
-    if not torch.cpu._is_avx512_supported():
-        return "this chip lacks AVX-512"
+    if not has_avx2():
+        return "this chip lacks AVX2"
     if dtype == torch.bfloat16 and not has_bfloat16():
         return "this chip lacks bfloat16 products"
     built = _built()
@@ -48,8 +50,8 @@ def _built() -> ctypes.CDLL | str:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         return "there is no C++ compiler: install g++ or clang++, or name one in CXX"
-    command = [*compiler.split(), *FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
-    sources = b"".join((FOLDER / name).read_bytes() for name in ("native.h", *UNITS))
+    command = [*compiler.split(), *FLAGS, *_instructions()]
+    sources = b"".join((FOLDER / name).read_bytes() for name in (*HEADERS, *UNITS))
     name = hashlib.sha256(sources + " ".join(command).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziggurat"
     path = folder / f"native-{name}.so"
@@ -63,6 +65,13 @@ def _built() -> ctypes.CDLL | str:
         return f"{compiler} failed: {(error.stderr.strip() or str(error)).splitlines()[0]}"
     except OSError as error:
         return f"they could not be built in {folder}: {error}"
+
+
+def _instructions() -> tuple[str, ...]:
+    """What this chip has of the instructions that the sources know."""
+    if not has_avx512():
+        return ("-mavx2",)
+    return (*AVX512, "-mavx512bf16") if torch.cpu._is_avx512_bf16_supported() else AVX512
 
 
 def _compile(command: list[str], work: Path) -> Path:

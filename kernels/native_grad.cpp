@@ -37,7 +37,7 @@ struct GradWorker {
         change = reinterpret_cast<float*>(scratch);
         delta = change + ROWS * D;
         power = delta + 2 * ROWS;
-        weights = power + GROUP * 2 * LANES;
+        weights = power + GROUP * WIDE * LANES;
         Element* next = reinterpret_cast<Element*>(weights + KEYS);
         for (Element** each : {&rows, &grads, &outs, &query_along, &grad_along, &query_across, &grad_across}) {
             *each = next;
@@ -51,7 +51,7 @@ struct GradWorker {
     }
 
     static int64_t bytes(int64_t D) {
-        return sizeof(float) * (ROWS * D + 2 * ROWS + GROUP * 2 * LANES + KEYS) +
+        return sizeof(float) * (ROWS * D + 2 * ROWS + GROUP * WIDE * LANES + KEYS) +
                sizeof(Element) * (7 * ROWS * D + 3 * ROWS * KEYS + 3 * KEYS * D);
     }
 
@@ -88,7 +88,7 @@ struct GradWorker {
             if (map[r] < 0) continue;
             for (int64_t d = 0; d < call.head_dim; d += LANES) {
                 for (int64_t i = 0; i < LANES; ++i) row[i] = call.scale * change[(d + i) * ROWS + r];
-                write<Kind>(call, whole * call.tokens + map[r], d, _mm512_load_ps(row));
+                write<Kind>(call, whole * call.tokens + map[r], d, vec::load(row));
             }
         }
     }
@@ -107,9 +107,9 @@ struct GradWorker {
             std::memcpy(rows + r * D, From::at(call.query, call.query_stride, entry, head, map[r]), call.head_dim * sizeof(Element));
             std::memcpy(grads + r * D, From::at(gradient.grad, gradient.grad_stride, entry, head, map[r]), call.head_dim * sizeof(Element));
             std::memcpy(outs + r * D, From::at(gradient.result, gradient.result_stride, entry, head, map[r]), call.head_dim * sizeof(Element));
-            __m512 dot = _mm512_setzero_ps();
-            for (int64_t d = 0; d < D; d += LANES) dot = _mm512_fmadd_ps(Kind::load(grads + r * D + d), Kind::load(outs + r * D + d), dot);
-            delta[r] = _mm512_reduce_add_ps(dot);
+            Floats dot = vec::spread(0);
+            for (int64_t d = 0; d < D; d += LANES) dot = vec::multiply_add(Kind::load(grads + r * D + d), Kind::load(outs + r * D + d), dot);
+            delta[r] = vec::sum_of(dot);
             delta[ROWS + r] = sum * static_cast<float>(M_LOG2E);
         }
         for (int64_t panel = 0; panel < panels; ++panel) {
@@ -120,7 +120,7 @@ struct GradWorker {
         }
     }
 
-    void add(int64_t before, int64_t unit, __mmask16 mask) {
+    void add(int64_t before, int64_t unit, Mask mask) {
         keys[units] = static_cast<const Element*>(call.key_units) + (before + unit) * size;
         values[units] = static_cast<const Element*>(call.value_units) + (before + unit) * size;
         columns[units] = static_cast<const Element*>(gradient.key_columns) + (before + unit) * size;
@@ -136,7 +136,7 @@ struct GradWorker {
                 lay_row(kept ? values[units] + lane * D : nullptr, D, D, copies[1] + lane * D);
             }
             for (int64_t d = 0; d < D; ++d) Kind::keep(copies[2] + d * LANES, columns[units] + d * LANES, mask);
-            _mm512_storeu_ps(weights + units * LANES, _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), mask, _mm512_loadu_ps(weight[units])));
+            vec::store(weights + units * LANES, vec::select(mask, vec::load(weight[units]), vec::spread(NOTHING)));
             keys[units] = copies[0], values[units] = copies[1], columns[units] = copies[2], weight[units] = weights + units * LANES;
         }
         ++units;
@@ -146,44 +146,44 @@ struct GradWorker {
         for (int64_t unit = 0; unit < units; ++unit)
             for (int64_t half = 0; half < LANES; half += GROUP) {
                 int64_t panel = 0;
-                for (; panel + 2 <= panels; panel += 2) score<2>(unit, half, panel);
+                for (; panel + WIDE <= panels; panel += WIDE) score<WIDE>(unit, half, panel);
                 for (; panel < panels; ++panel) score<1>(unit, half, panel);
                 int64_t d = 0;
-                for (; d + 2 * LANES <= D; d += 2 * LANES) sum<2>(unit, half, d);
+                for (; d + WIDE * LANES <= D; d += WIDE * LANES) sum<WIDE>(unit, half, d);
                 for (; d < D; d += LANES) sum<1>(unit, half, d);
             }
         if (units)
             for (int64_t d = 0; d < D; d += GROUP) {
                 int64_t panel = 0;
-                for (; panel + 2 <= panels; panel += 2) pull<2>(d, panel);
+                for (; panel + WIDE <= panels; panel += WIDE) pull<WIDE>(d, panel);
                 for (; panel < panels; ++panel) pull<1>(d, panel);
             }
         units = 0;
     }
 
     template <int U>
-    static void clear(__m512 (&sums)[GROUP][U]) {
+    static void clear(Floats (&sums)[GROUP][U]) {
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sums[i / U][i % U] = _mm512_setzero_ps();
+        for (int i = 0; i < GROUP * U; ++i) sums[i / U][i % U] = vec::spread(0);
     }
 
     // Pᵀ and dSᵀ of 8 keys and 16 U queries.
     template <int U>
     void score(int64_t unit, int64_t half, int64_t panel) {
-        __m512 sums[GROUP][U];
+        Floats sums[GROUP][U];
         const Element* along[U];
         for (int u = 0; u < U; ++u) along[u] = query_along + (panel + u) * size;
         clear<U>(sums);
         multiply<Kind, U>(sums, keys[unit] + half * D, D, along, D / Kind::step);
-        const __m512 factor = _mm512_set1_ps(call.scale * static_cast<float>(M_LOG2E));
+        const Floats factor = vec::spread(call.scale * static_cast<float>(M_LOG2E));
         Element* to = powers + (unit * LANES + half) * ROWS + panel * LANES;
 #pragma GCC unroll 8
         for (int r = 0; r < GROUP; ++r)
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u) {
-                const __m512 lse = _mm512_load_ps(delta + ROWS + (panel + u) * LANES);
-                const __m512 x = exp2<Kind>(_mm512_sub_ps(_mm512_fmadd_ps(sums[r][u], factor, _mm512_set1_ps(weight[unit][half + r])), lse));
-                _mm512_store_ps(power + (r * U + u) * LANES, x);
+                const Floats lse = vec::load(delta + ROWS + (panel + u) * LANES);
+                const Floats x = exp2<Kind>(vec::subtract(vec::multiply_add(sums[r][u], factor, vec::spread(weight[unit][half + r])), lse));
+                vec::store(power + (r * U + u) * LANES, x);
                 Kind::store(to + r * ROWS + u * LANES, x);
             }
         for (int u = 0; u < U; ++u) along[u] = grad_along + (panel + u) * size;
@@ -192,10 +192,10 @@ struct GradWorker {
         to = changes + (unit * LANES + half) * ROWS + panel * LANES;
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) {
-            const __m512 product = _mm512_load_ps(delta + (panel + u) * LANES);
+            const Floats product = vec::load(delta + (panel + u) * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < GROUP; ++r) {
-                sums[r][u] = _mm512_mul_ps(_mm512_load_ps(power + (r * U + u) * LANES), _mm512_sub_ps(sums[r][u], product));
+                sums[r][u] = vec::multiply(vec::load(power + (r * U + u) * LANES), vec::subtract(sums[r][u], product));
                 Kind::store(to + r * ROWS + u * LANES, sums[r][u]);
             }
 #pragma GCC unroll 4
@@ -214,7 +214,7 @@ struct GradWorker {
             const Element* across = (pass ? query_across : grad_across) + d * LANES;
             for (int64_t r = 0; r < GROUP; ++r)
                 for (int64_t u = 0; u < U; ++u) _mm_prefetch(reinterpret_cast<const char*>(to + r * D + u * LANES), _MM_HINT_T0);
-            __m512 sums[GROUP][U];
+            Floats sums[GROUP][U];
             clear<U>(sums);
             for (int64_t panel = 0; panel < panels; ++panel) {
                 const Element* many[U];
@@ -224,7 +224,7 @@ struct GradWorker {
 #pragma GCC unroll 16
             for (int i = 0; i < GROUP * U; ++i) {
                 float* here = to + i / U * D + i % U * LANES;
-                _mm512_store_ps(here, _mm512_add_ps(_mm512_load_ps(here), sums[i / U][i % U]));
+                vec::store(here, vec::add(vec::load(here), sums[i / U][i % U]));
             }
         }
     }
@@ -232,16 +232,16 @@ struct GradWorker {
     // Add to 8 components of 16 U queries' gradients.
     template <int U>
     void pull(int64_t d, int64_t panel) {
-        __m512 sums[GROUP][U];
+        Floats sums[GROUP][U];
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sums[i / U][i % U] = _mm512_load_ps(change + (d + i / U) * ROWS + (panel + i % U) * LANES);
+        for (int i = 0; i < GROUP * U; ++i) sums[i / U][i % U] = vec::load(change + (d + i / U) * ROWS + (panel + i % U) * LANES);
         for (int64_t unit = 0; unit < units; ++unit) {
             const Element* many[U];
             for (int u = 0; u < U; ++u) many[u] = change_units + (unit * ROWS + (panel + u) * LANES) * LANES;
             multiply<Kind, U>(sums, columns[unit] + d * LANES, LANES, many, LANES / Kind::step);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) _mm512_store_ps(change + (d + i / U) * ROWS + (panel + i % U) * LANES, sums[i / U][i % U]);
+        for (int i = 0; i < GROUP * U; ++i) vec::store(change + (d + i / U) * ROWS + (panel + i % U) * LANES, sums[i / U][i % U]);
     }
 };
 

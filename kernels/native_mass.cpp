@@ -39,7 +39,7 @@ struct Weigher {
             const Element* keys = static_cast<const Element*>(call.key_units) + whole * call.blocks * call.block_units * size;
             const float* weights = call.unit_weight + whole * call.blocks * call.block_units * LANES;
             int64_t unit = 0;
-            for (; unit + 2 <= units; unit += 2) weigh<2>(rows, unit, keys + unit * size, weights + unit * LANES, to);
+            for (; unit + WIDE <= units; unit += WIDE) weigh<WIDE>(rows, unit, keys + unit * size, weights + unit * LANES, to);
             for (; unit < units; ++unit) weigh<1>(rows, unit, keys + unit * size, weights + unit * LANES, to);
         }
     }
@@ -64,26 +64,26 @@ struct Weigher {
     // Add to `to` what all rows put on U units.
     template <int U>
     void weigh(int64_t rows, int64_t unit, const Element* keys, const float* weights, float* to) {
-        const __m512 factor = _mm512_set1_ps(call.scale * static_cast<float>(M_LOG2E));
+        const Floats factor = vec::spread(call.scale * static_cast<float>(M_LOG2E));
         const Element* columns[U];
-        __m512 total[U];
-        for (int u = 0; u < U; ++u) columns[u] = keys + u * size, total[u] = _mm512_setzero_ps();
+        Floats total[U];
+        for (int u = 0; u < U; ++u) columns[u] = keys + u * size, total[u] = vec::spread(0);
         for (int64_t row = 0; row < rows; row += GROUP) {
-            __m512 sum[GROUP][U];
+            Floats sum[GROUP][U];
 #pragma GCC unroll 16
-            for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = _mm512_setzero_ps();
+            for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::spread(0);
             multiply<Kind, U>(sum, query + row * D, D, columns, D / Kind::step);
 #pragma GCC unroll 8
             for (int r = 0; r < GROUP; ++r) {
-                const __m512 less = _mm512_set1_ps(power[row + r]);
+                const Floats less = vec::spread(power[row + r]);
 #pragma GCC unroll 2
                 for (int u = 0; u < U; ++u) {
-                    const __m512 x = _mm512_fmadd_ps(sum[r][u], factor, _mm512_loadu_ps(weights + u * LANES));
-                    total[u] = _mm512_add_ps(total[u], exp2<Kind>(_mm512_sub_ps(x, less)));
+                    const Floats x = vec::multiply_add(sum[r][u], factor, vec::load(weights + u * LANES));
+                    total[u] = vec::add(total[u], exp2<Kind>(vec::subtract(x, less)));
                 }
             }
         }
-        for (int u = 0; u < U; ++u) to[(unit + u) / call.block_units] += _mm512_reduce_add_ps(total[u]);
+        for (int u = 0; u < U; ++u) to[(unit + u) / call.block_units] += vec::sum_of(total[u]);
     }
 };
 

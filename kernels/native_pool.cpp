@@ -47,8 +47,8 @@ struct Pooler {
     template <int U>
     void sum(int64_t begin, int64_t end, const float* shares, int64_t d, Element* mean) {
         const int64_t here = std::min(U * LANES, pool.head_dim - d);
-        __m512 total[U];
-        for (int u = 0; u < U; ++u) total[u] = _mm512_setzero_ps();
+        Floats total[U];
+        for (int u = 0; u < U; ++u) total[u] = vec::spread(0);
         for (int64_t i = begin; i < end; ++i) {
             // What is not read may hold NaN.
             if (!from[i] || shares[i] == 0) continue;
@@ -60,7 +60,7 @@ struct Pooler {
                 row = some;
             }
 #pragma GCC unroll 4
-            for (int u = 0; u < U; ++u) total[u] = _mm512_fmadd_ps(_mm512_set1_ps(shares[i]), Kind::load(row + u * LANES), total[u]);
+            for (int u = 0; u < U; ++u) total[u] = vec::multiply_add(vec::spread(shares[i]), Kind::load(row + u * LANES), total[u]);
         }
         alignas(64) Element narrow[U * LANES];
         for (int u = 0; u < U; ++u) Kind::store(narrow + u * LANES, total[u]);

@@ -269,7 +269,8 @@ def test_compute_dtype_and_float16():
     wanted, _ = attend(problem.query, problem.pyramid(), problem.blocks)
     rounded, lse = attend(problem.query, problem.pyramid(), problem.blocks, compute_dtype=torch.bfloat16)
     assert rounded.dtype == lse.dtype == torch.float32
-    assert 1e-4 < furthest(rounded, wanted) < 0.05
+    # A chip without bfloat16 products computes in float32 all the same.
+    assert (1e-4 if gather.products_in(torch.bfloat16) == torch.bfloat16 else 0) <= furthest(rounded, wanted) < 0.05
     half = build(problem.case, torch.float16)
     out, _ = attend(half.query, half.pyramid(), half.blocks)
     assert out.dtype == torch.float16

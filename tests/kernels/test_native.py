@@ -9,6 +9,7 @@ from ziggurat.kernels import gather, native_build, selftest, tables
 from ziggurat.kernels.attend import attend
 from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.listops import all_blocks
+from ziggurat.kernels.mass import block_mass
 
 CPU = torch.device("cpu")
 
@@ -16,20 +17,20 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("dtype", "chip", "words"),
     [
-        (torch.float32, {"avx512", "bf16"}, None),
-        (torch.bfloat16, {"avx512", "bf16"}, None),
-        (torch.float32, {"avx512", "bf16", "amx"}, None),
-        (torch.bfloat16, {"avx512", "bf16", "amx"}, "AMX"),
-        (torch.float32, {"avx512"}, None),
-        (torch.bfloat16, {"avx512"}, "bfloat16 products"),
-        (torch.float32, set(), "AVX-512"),
-        (torch.float64, {"avx512", "bf16"}, "float64"),
+        (torch.float32, {"avx2", "bf16"}, None),
+        (torch.bfloat16, {"avx2", "bf16"}, None),
+        (torch.float32, {"avx2", "bf16", "amx"}, None),
+        (torch.bfloat16, {"avx2", "bf16", "amx"}, "AMX"),
+        (torch.float32, {"avx2"}, None),
+        (torch.bfloat16, {"avx2"}, "bfloat16 products"),
+        (torch.float32, set(), "AVX2"),
+        (torch.float64, {"avx2", "bf16"}, "float64"),
     ],
 )
 def test_the_chip_decides(dtype, chip, words, monkeypatch):
     monkeypatch.setattr(native_build, "has_amx", lambda: "amx" in chip)
     monkeypatch.setattr(native_build, "has_bfloat16", lambda: "bf16" in chip)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: "avx512" in chip)
+    monkeypatch.setattr(native_build, "has_avx2", lambda: "avx2" in chip)
     monkeypatch.setattr(native_build, "_built", lambda: None)
     told = native_build.lacking(dtype, CPU)
     assert told is None if words is None else words in told
@@ -47,7 +48,7 @@ def test_without_a_compiler_it_says_so_and_computes_all_the_same(monkeypatch):
     built = native_build._built.__wrapped__()
     assert built == "there is no C++ compiler: install g++ or clang++, or name one in CXX"
     monkeypatch.setattr(native_build, "_built", lambda: built)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(native_build, "has_avx2", lambda: True)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         native_build.library()
     assert built in selftest.describe(CPU)["why"]
@@ -62,6 +63,33 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in str(native_build._built.__wrapped__())
     assert not list((tmp_path / "ziggurat").iterdir())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(lists="masked", factors=(1, 4)), Case(lists="per_batch", tokens=203, head_dim=40, tile=40, spread=40.0)],
+    ids=str,
+)
+def test_registers_half_as_wide_compute_the_same(case, monkeypatch):
+    if lacking := native_build.lacking(torch.float32, CPU):
+        pytest.skip(lacking)
+    problem = build(case, torch.float32)
+    grad = torch.randn(problem.query.shape)
+
+    def run():
+        tensors = [t.clone().requires_grad_() for t in (problem.query, problem.key, problem.value)]
+        out, lse = attend(tensors[0], problem.pyramid(*tensors[1:]), problem.blocks, backend="torch")
+        pooled = problem.pyramid().pooled_key
+        mass = block_mass(problem.query, problem.pyramid(), lse, problem.blocks.query_rows)
+        return out.detach(), lse, pooled, mass, *torch.autograd.grad(out, tensors, grad)
+
+    wanted = run()
+    monkeypatch.setattr(native_build, "has_avx512", lambda: False)
+    assert "-mavx2" in native_build._instructions()
+    built = native_build._built.__wrapped__()
+    monkeypatch.setattr(native_build, "_built", lambda: built)
+    for got, exact in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
