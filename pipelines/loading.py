@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ..kernels.chip import has_amx, has_bfloat16
+from .convolutions import through_onednn
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -147,6 +148,8 @@ def load(
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"model {model!r} brings its own code, which is never run") from error
+    if isinstance(vae := getattr(pipe, "vae", None), torch.nn.Module):
+        through_onednn(vae)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
