@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from ziggurat.pipelines.convolutions import through_onednn
 from ziggurat.pipelines.record import surroundings
 from ziggurat.pipelines.shapes.judge import check, compare, judge
 from ziggurat.pipelines.shapes.render import Track, place, render
@@ -205,6 +206,7 @@ def round_trip(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    through_onednn(vae)
 
     @torch.no_grad()
     def change(video: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The CPU kernels in C++ (`native*.cpp`, for chips with AVX2 or AVX-512): compiled at their first use, once a machine."""
+"""The CPU kernels in C++ (`native*.cpp`, for AVX2 or AVX-512): compiled at their first use, once a machine."""
 
 from __future__ import annotations
 

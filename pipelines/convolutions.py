@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def through_onednn(vae: nn.Module) -> None:
-    """Let `vae`, in place, run its 3-D convolutions on the CPU by oneDNN, in float32 where the chip has nothing narrower.
+    """Let `vae`, in place, run its 3-D convolutions on a CPU by oneDNN, in float32 if the chip has nothing narrower.
 
     Of a single video with few channels PyTorch gives float32 convolutions to a loop of its own, which takes 3 to 15
     times as long; and without instructions for bfloat16 or float16 all of those, which take 40 times as long. Results
