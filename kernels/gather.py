@@ -1,8 +1,8 @@
 """The torch backend: gathers the blocks of a few query tiles and attends to them in cache.
 
 On CPUs with AVX2 or AVX-512 and a C++ compiler all of it is done by kernels of our own, but for bfloat16 where the chip
-has AMX. Otherwise tiles that read all of level 0, and in bfloat16 with AMX every tile, go to PyTorch's fused kernel, and
-elsewhere to batched products around an exponential.
+has AMX. Otherwise tiles that read all of level 0, and in bfloat16 with AMX every tile, go to PyTorch's fused kernel,
+and elsewhere to batched products around an exponential.
 
 Passes over the scores are what costs at small head_dim, so that in bfloat16 there is one: exp2, in place. The scale
 sits in the first product; log-weights are folded into the values, and into columns that give the softmax's sum with
