@@ -15,6 +15,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="shapes, or a folder of a model trained like it.")] = "shapes",
     plan: Annotated[str | None, typer.Option(help="auto, or a plan file.", show_default="dense alone")] = None,
     captions: Annotated[int, typer.Option(min=1, help="How many held-out captions.")] = 400,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first: so several machines share them out.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's own")] = None,
     dense_by: Annotated[
@@ -23,6 +24,12 @@ def evaluate(
     floors: Annotated[int, typer.Option(min=0, help="Captions whose floors of PSNR and SSIM are measured.")] = 8,
     card: Annotated[bool, typer.Option("--card", help="Write the score into the model's README.md.")] = False,
     cache: Annotated[Path, typer.Option(help="Finished videos; the same folder resumes.")] = Path("runs/evaluate"),
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            help="What was found of each video, here or elsewhere.", show_default="figures.jsonl in the cache"
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (fastest on this chip), fp32, bf16 or fp16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Last line of output: the result as JSON.")] = False,
     debug: Debug = False,
@@ -51,11 +58,13 @@ def evaluate(
             pipe,
             plan,
             captions=captions,
+            first=first,
             steps=steps,
             guidance=guidance,
             dense_by=dense_by,
             floors=floors,
             cache=cache,
+            figures=figures,
             report=report,
         )
     for line in summary(result):
@@ -79,4 +88,5 @@ def summary(result: dict[str, Any]) -> list[str]:
             f"lost     {lost['count']} of {lost['of']} that dense gets right"
             f" ({lost['share']:.1%}, at most {lost['high']:.1%}) at density {result['density']:.1%}"
         )
+        lines += [f"         {one['caption']}, seed {one['seed']}" for one in result["lost_at"]]
     return lines

@@ -1,5 +1,6 @@
 """The evaluation: shares and their intervals, what a plan loses, and going on after an interruption."""
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -79,6 +80,49 @@ def test_scores_are_cached_and_resumed(
     assert 0 < result["density"] < 1
     assert result["floors"]["all_blocks"]["psnr"]["median"] > result["fidelity"]["psnr"]["median"]
     assert result["floors"]["all_blocks"]["psnr"]["median"] > result["floors"]["other_seed"]["psnr"]["median"]
+
+
+def test_figures_serve_without_the_videos(
+    wan: Any, sparse_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two machines share the captions out; a third, with their lines, has nothing left to make."""
+    plan, figures = sparse_plan(), tmp_path / "figures.jsonl"
+    told = {"figures": figures, "floors": 1, **SMALL}
+    halves = [evaluate(wan, plan, captions=1, first=i, cache=tmp_path / str(i), **told) for i in range(2)]
+    with figures.open("a") as file:
+        file.write('{"of": "cut o')
+    monkeypatch.setattr(evaluating, "generate", None)
+    whole = evaluate(wan, plan, captions=2, cache=tmp_path / "empty", **told)
+    assert not list((tmp_path / "empty").iterdir())
+    assert figures.read_text().endswith('"cut o\n'), "what comes next starts on a line of its own"
+    for name in ("dense", "sparse"):
+        assert whole[name]["count"]["count"] == sum(half[name]["count"]["count"] for half in halves)
+    assert [one["seed"] for one in whole["wrong"]] == [one["seed"] for half in halves for one in half["wrong"]]
+    psnrs = [half["fidelity"]["psnr"]["median"] for half in halves]
+    assert whole["fidelity"]["psnr"]["median"] == pytest.approx(sum(psnrs) / 2)
+
+
+def test_what_is_lost_is_named(wan: Any, sparse_plan: Callable[..., Plan], tmp_path: Path):
+    """The lines decide: a plan loses what dense had right and it has not."""
+    plan, told = sparse_plan(), {"captions": 3, "floors": 0, "cache": tmp_path, **SMALL}
+    evaluate(wan, plan, **told)
+    lines = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    verdicts = [line for line in lines if "right" in line["found"]]
+    for line, right in zip(verdicts, (True, True, False, True, False, False), strict=True):
+        line["found"]["right"] = right
+    (tmp_path / "figures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = evaluate(wan, plan, **told)
+    assert [one["seed"] for one in result["wrong"]] == [2]
+    assert [one["seed"] for one in result["lost_at"]] == [1]
+    assert (result["lost"]["count"], result["lost"]["of"]) == (1, 2)
+
+
+def test_another_file_is_not_taken_for_figures(wan: Any, tmp_path: Path):
+    other = tmp_path / "notes.txt"
+    other.write_text("not JSON\n")
+    with pytest.raises(ValueError, match="no line that evaluate wrote"):
+        evaluate(wan, captions=1, cache=tmp_path, figures=other, **SMALL)
+    assert other.read_text() == "not JSON\n"
 
 
 def test_dense_videos_by_our_own_kernel(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
