@@ -27,3 +27,9 @@ def has_avx512() -> bool:
 def has_bfloat16() -> bool:
     """Does this CPU have bfloat16 products at all? Without them float32 is the faster dtype."""
     return has_amx() or torch.cpu._is_avx512_bf16_supported()
+
+
+def instructions() -> str:
+    """What this CPU has for vectors and matrices, such as "AVX512, bf16"."""
+    more = [name for name, has in (("bf16", has_bfloat16()), ("AMX", has_amx())) if has]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *more])

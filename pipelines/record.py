@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.chip import instructions
 from .generate import Generation
 
 PACKAGES = ("ziggurat", "torch", "diffusers", "transformers")
@@ -78,6 +79,8 @@ def surroundings(device: str = "cpu") -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
+            # Two that are both "AMD EPYC" may differ by a factor.
+            "instructions": instructions(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,

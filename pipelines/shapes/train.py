@@ -64,14 +64,6 @@ STAGES = (
         learning_rate=1.2e-3,
         cooldown=3500,
     ),
-    # From a finished checkpoint, at rates that do not undo it: what is left to learn shows in whole clips.
-    FlowStage(
-        name="late",
-        steps=3500,
-        grids=((0.5, FULL), (0.3, LONG), (0.1, MEDIUM), (0.1, STILL)),
-        learning_rate=8e-4,
-        cooldown=3500,
-    ),
     FlowStage(
         name="planned",
         steps=2200,
