@@ -29,7 +29,7 @@ def shapes(
     ] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each stage.", show_default="its own")] = None,
-    precision: Annotated[str, typer.Option(help="bf16 or no.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, no (float32), or auto: whichever is fast here.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the transformer.")] = True,
     seed: Annotated[int, typer.Option(help="Source of everything random.")] = 0,
     debug: Debug = False,

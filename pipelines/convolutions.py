@@ -25,7 +25,9 @@ def through_onednn(vae: nn.Module) -> None:
 
 
 def _forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 5 or torch.compiler.is_compiling():
+    ours = x.device.type == "cpu" and x.dtype != torch.float64 and x.dim() == 5
+    # Autocast would choose the dtype, and a compiler the kernel.
+    if not ours or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return nn.Conv3d._conv_forward(module, x, weight, bias)
     dtype = x.dtype if _has(x.dtype) else torch.float32
     bias = None if bias is None else bias.to(dtype)

@@ -16,6 +16,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ...attention.plan import Plan
+from ..loading import default_device, fastest_dtype
 from .build import build_scheduler, build_text_encoder, build_tokenizer, build_transformer, build_vae
 from .card import card
 from .train_flow import FlowStage, Grid, Student, train_flow
@@ -83,7 +84,7 @@ def train(
     plan: Plan | None = None,
     stages: Sequence[str] = (),
     steps: int | None = None,
-    mixed_precision: str = "bf16",
+    mixed_precision: str = "auto",
     compiled: bool = True,
     seed: int = 0,
 ) -> None:
@@ -97,7 +98,7 @@ def train(
             stage also follows as its teacher.
         stages: names of the flow stages to run; by default all, without a plan all but `planned`.
         steps: steps of each chosen flow stage in place of its own number.
-        mixed_precision: accelerate's setting, `"bf16"` or `"no"`.
+        mixed_precision: accelerate's setting, `"bf16"` or `"no"`; `"auto"` is bf16 where the device has products of it.
         compiled: compile the transformer's blocks, a minute for each size of clip, for steps a third shorter.
         seed: the source of everything random.
 
@@ -117,6 +118,8 @@ def train(
     if steps is not None:
         chosen = tuple(replace(stage, steps=steps, cooldown=min(stage.cooldown, steps)) for stage in chosen)
     run.mkdir(parents=True, exist_ok=True)
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if fastest_dtype(default_device())[0] == torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=mixed_precision)
     torch.manual_seed(seed)
     tokenizer: Any = build_tokenizer()

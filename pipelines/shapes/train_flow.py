@@ -20,7 +20,7 @@ from .data import draw_clips
 from .guide import FEATURES, describe
 from .muon import StackedMuon
 from .train_attention import LISTED_ROWS, LongAttention, batched_attention, padding_log_weight
-from .train_vae import Report, channels_last
+from .train_vae import Report, quick_convolutions
 
 GUIDE_SHARE = 0.5
 SHORT_TEXT_ROWS = 24  # enough for two objects and some padding; one length for all, so that one compiled graph serves
@@ -185,7 +185,7 @@ def train_flow(
 
     teacher: for stages with a `plan_share`."""
     vae = vae.to(accelerator.device).eval().requires_grad_(False)
-    channels_last(vae)
+    quick_convolutions(vae)
     hidden, others = split_parameters(student)
     muon = StackedMuon(hidden, lr=1.0, weight_decay=0.01)
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from ..convolutions import through_onednn
 from .data import draw_clips, draw_patchwork, draw_windows
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -41,7 +42,7 @@ def train_vae(
     vae: AutoencoderKLWan, stage: VaeStage, state: Path, accelerator: Accelerator, report: Report, seed: int = 0
 ) -> AutoencoderKLWan:
     """Train `vae` in place, resuming from `state` if it is there, and give it its latents' mean and deviation."""
-    channels_last(vae)
+    quick_convolutions(vae)
     if stage.decoder_only:
         vae.requires_grad_(False)
         for part in (vae.post_quant_conv, vae.decoder):
@@ -93,8 +94,9 @@ def train_vae(
     return trained
 
 
-def channels_last(vae: AutoencoderKLWan) -> None:
-    """Lay the convolutions' weights out as a CPU runs them twice as fast."""
+def quick_convolutions(vae: AutoencoderKLWan) -> None:
+    """Have the convolutions run, and their weights laid out, as a CPU is fastest with."""
+    through_onednn(vae)
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]

@@ -69,6 +69,13 @@ def test_every_kind_of_convolution(sizes, dtype):
     torch.testing.assert_close(got.float(), plain(x), rtol=4 * eps, atol=max(4 * eps, 1e-5))
 
 
+def test_autocast_keeps_its_say():
+    conv = torch.nn.Conv3d(2, 2, 3)
+    through_onednn(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(torch.randn(1, 2, 3, 4, 5)).dtype == torch.bfloat16
+
+
 def test_circular_padding_is_left_alone():
     conv = torch.nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular")
     through_onednn(conv)
