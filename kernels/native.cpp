@@ -169,7 +169,7 @@ struct Worker {
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u) {
                 Floats x = vec::multiply_add(sum[r][u], factor, weight[u]);
-                if (mask[u] != 0xffff) x = vec::select(mask[u], x, nothing);
+                x = vec::select(mask[u], x, nothing);
                 const int64_t at = (row + r) * stride + (unit + u) * LANES;
                 if (Shifted) {
                     vec::store(logits_of + at, x);

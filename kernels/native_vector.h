@@ -108,6 +108,7 @@ inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low)
 inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 inline Floats bits_of_both(Floats a, Floats b) { return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)}; }
 inline Floats select(Mask mask, Floats x, Floats otherwise) {
+    if (mask == 0xffff) return x;
     return {_mm256_blendv_ps(otherwise.low, x.low, _mm256_castsi256_ps(lanes(mask))),
             _mm256_blendv_ps(otherwise.high, x.high, _mm256_castsi256_ps(lanes(mask >> HALF)))};
 }

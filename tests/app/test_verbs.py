@@ -39,14 +39,17 @@ def test_train_refuses_an_unknown_stage(capsys):
 def test_evaluate_prints_scores_and_json(monkeypatch, capsys, wan_folder, tmp_path):
     share = {"share": 0.975, "low": 0.95, "high": 0.99, "count": 39, "of": 40}
     result = {"dense": {"all": share}, "sparse": {"all": share}, "lost": share | {"count": 1}, "density": 0.25}
+    result["lost_at"] = [{"caption": "a caption", "seed": 7}]
 
-    def evaluate(pipe, plan, *, captions, report, cache, **_):
-        assert (plan, captions, cache) == ("auto", 40, tmp_path)
+    def evaluate(pipe, plan, *, captions, first, report, cache, figures, **_):
+        assert (plan, captions, first) == ("auto", 40, 5)
+        assert (cache, figures) == (tmp_path, tmp_path / "figures")
         report("dense", 40, 40)
         return result
 
     monkeypatch.setattr("ziggurat.pipelines.shapes.evaluate.evaluate", evaluate)
     arguments = ["--model", str(wan_folder), "--plan", "auto", "--captions", "40", "--cache", str(tmp_path), "--json"]
+    arguments += ["--first", "5", "--figures", str(tmp_path / "figures")]
     assert call("evaluate", *arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     printed = json.loads(lines[-1])
@@ -55,6 +58,7 @@ def test_evaluate_prints_scores_and_json(monkeypatch, capsys, wan_folder, tmp_pa
     assert printed["machine"]["cores"] == os.cpu_count()
     assert lines[0] == "dense    all 97.5%"
     assert lines[2].startswith("lost     1 of 40 that dense gets right")
+    assert lines[3].split() == ["a", "caption,", "seed", "7"]
 
 
 def test_termination_unwinds_like_ctrl_c():
