@@ -17,6 +17,7 @@ from ..fidelity import object_boxes, psnr, ssim
 from ..generate import generate
 from ..plans import all_block_plan, fitting, model_shape, resolve_plan, transformers_of
 from ..settings import model_settings
+from . import judge, measure
 from .judge import check
 from .scenes import held_out_scenes
 
@@ -151,6 +152,9 @@ class _Studio:
         self.weights = digest.hexdigest()
         cache.mkdir(parents=True, exist_ok=True)
         self.known = _read_figures(figures)
+        # A verdict is the judge's that gave it.
+        sources = b"".join(Path(file).read_bytes() for file in (judge.__file__, measure.__file__))
+        self.judge = hashlib.sha256(sources).hexdigest()[:32]
 
     def judged(self, item: Item, plan: Plan | None) -> dict[str, Any]:
         """Is the video right, in all and in each attribute; has it faults; and the run's density."""
@@ -161,7 +165,7 @@ class _Studio:
             attributes = {name: getattr(result, name) for name in ATTRIBUTES}
             return {"right": result.right, **attributes, "faults": bool(result.verdict.faults), "density": density}
 
-        return self._noted(item, [self.key(item, plan)], look)
+        return self._noted(item, [self.key(item, plan), self.judge], look)
 
     def compared(self, one: tuple[Item, Plan | None], other: tuple[Item, Plan | None]) -> dict[str, float]:
         """How near the second video comes to the first."""

@@ -117,6 +117,16 @@ def test_what_is_lost_is_named(wan: Any, sparse_plan: Callable[..., Plan], tmp_p
     assert (result["lost"]["count"], result["lost"]["of"]) == (1, 2)
 
 
+def test_a_verdict_of_another_judge_is_none(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    figures = tmp_path / "figures.jsonl"
+    evaluate(wan, captions=1, cache=tmp_path, **SMALL)
+    (tmp_path / "judge.py").write_text("another")
+    monkeypatch.setattr(evaluating.judge, "__file__", str(tmp_path / "judge.py"))
+    for _ in range(2):
+        evaluate(wan, captions=1, cache=tmp_path, **SMALL)
+        assert len(figures.read_text().splitlines()) == 2
+
+
 def test_another_file_is_not_taken_for_figures(wan: Any, tmp_path: Path):
     other = tmp_path / "notes.txt"
     other.write_text("not JSON\n")
