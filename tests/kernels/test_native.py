@@ -91,7 +91,9 @@ def test_registers_half_as_wide_compute_the_same(case, monkeypatch):
     built = native_build._built.__wrapped__()
     monkeypatch.setattr(native_build, "_built", lambda: built)
     for got, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+        # Sums over lanes are of another order; what is left of gradients may be small beside what was summed.
+        largest = float(exact[exact.isfinite()].abs().amax())
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5 * max(1, largest))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
