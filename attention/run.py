@@ -17,6 +17,7 @@ from .lists import ListCache
 from .plan import HeadGroup, HeadPlan, Plan
 from .reuse import MAX_CACHE_BYTES, Reuse
 from .schedule import Schedule
+from .tell import in_steps
 
 EVERYTHING = -1
 """Stands for the group of all heads that read everything, where static lists are kept."""
@@ -121,8 +122,8 @@ class PlanRun:
         self.reuse.end()
 
     def describe_steps(self) -> str:
-        """What each step of the run does, by the plan's schedule; "" before `begin` was told the noise levels."""
-        return "" if self.noise_levels is None else self.plan.schedule.describe(self.noise_levels)
+        """What each step of the run does, by the plan's schedules; "" before `begin` was told the noise levels."""
+        return "" if self.noise_levels is None else in_steps(self.plan, self.noise_levels)
 
     def schedule(self, layer: int) -> Schedule:
         """The schedule of one layer: its own or the plan's."""

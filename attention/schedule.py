@@ -117,10 +117,10 @@ class Schedule(BaseModel):
         return tuple(actions)
 
     def describe(self, noise_levels: Sequence[float]) -> str:
-        """The steps that result, for people: "30 steps: 0-5 dense, 6 refresh, 7-29 reuse"."""
+        """The steps that result, for people: "0-5 dense, 6 refresh, 7-29 reuse"."""
         ranges = []
         for action, group in groupby(enumerate(self.steps(noise_levels)), key=lambda pair: pair[1]):
             numbers = [step for step, _ in group]
             span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
             ranges.append(f"{span} {action}")
-        return f"{len(noise_levels)} steps: " + ", ".join(ranges)
+        return ", ".join(ranges)

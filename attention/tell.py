@@ -17,6 +17,7 @@ TOLD = {"version", "name", "note", "model_class", "config_hash", "heads", "head_
 TABLES = ("schedule", "predicted", "measured")
 STOCK = "stock"
 """What the heads of a layer without groups count as."""
+SPARSE = "every step sparse"
 
 
 def families(plan: Plan) -> list[list[str]]:
@@ -44,7 +45,7 @@ def describe(plan: Plan, densities: Sequence[Sequence[float]], grid: Grid | None
         ("config", plan.config_hash or "any"),
         ("grid", f"{sizes(plan.grid)} latent patches, {math.prod(plan.grid)} tokens"),
         *((name, str(value)) for name, value in told.items() if name not in TOLD and name not in TABLES),
-        ("schedule", _schedule(plan.schedule.model_dump(exclude_defaults=True)) or "every step sparse"),
+        ("schedule", _schedule(plan.schedule.model_dump(exclude_defaults=True)) or SPARSE),
         *((name, ", ".join(f"{key} {value:.4g}" for key, value in told[name].items())) for name in TABLES[1:]),
         ("density", f"{mean_density(densities):.1%} of the lists to expect on {where}; dense steps not counted"),
         ("heads", ", ".join(f"{number} {name}" for name, number in count.most_common())),
@@ -55,10 +56,8 @@ def describe(plan: Plan, densities: Sequence[Sequence[float]], grid: Grid | None
     ]
     # Plans often repeat one layer: forty times the same lines would hide what is not.
     for said, alike in groupby(enumerate(told_of), key=lambda item: item[1]):
-        numbers = [number for number, _ in alike]
-        name = f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
         (first, *others), density = said
-        lines.append(f"{name:12}{density}  {first}")
+        lines.append(f"{layers_of([number for number, _ in alike]):12}{density}  {first}")
         lines += [f"{'':20}{other}" for other in others]
     return lines
 
@@ -67,7 +66,8 @@ def _layer(layer: LayerPlan) -> tuple[str, ...]:
     """A line for each entry, those of one group below each other."""
     if layer.dense is not None:
         return (f"dense: {layer.dense}",)
-    lines = [] if layer.schedule is None else [f"own schedule: {_schedule(layer.schedule.model_dump())}"]
+    own = layer.schedule
+    lines = [] if own is None else [f"own schedule: {_schedule(own.model_dump(exclude_defaults=True)) or SPARSE}"]
     for group in layer.groups:
         for number, entry in enumerate(group.entries):
             where = layout(group) if number == 0 else " " * len(layout(group))
@@ -113,7 +113,7 @@ def differences(one: Plan, other: Plan) -> list[tuple[str, str, str]]:
         for change in changed:
             by_change.setdefault(change, []).append(number)
     for (where, before, after), numbers in by_change.items():
-        name = f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
+        name = layers_of(numbers)
         found.append((f"{name}, {where}" if where else name, before, after))
     return found
 
@@ -153,6 +153,23 @@ def _by_head(layer: LayerPlan, heads: int) -> list[tuple[Any, str, str]]:
 def _dealt(layer: LayerPlan) -> str:
     said = [" + ".join(ranges(e.heads) for e in g.entries) + f" (levels {_compact(g.factors)})" for g in layer.groups]
     return " | ".join(said)
+
+
+def in_steps(plan: Plan, noise_levels: Sequence[float]) -> str:
+    """What each step of a run with these noise levels does, by the plan's schedule and by those of layers with one of
+    their own: "16 steps: 0-2 dense, 3 refresh, 4-15 reuse; layers 0-2: 0 dense, 1 refresh, 2-15 reuse"."""
+    own: dict[str, list[int]] = {}
+    for number, layer in enumerate(plan.layers):
+        if layer.schedule is not None:
+            own.setdefault(layer.schedule.describe(noise_levels), []).append(number)
+    said = [f"{layers_of(numbers)}: {steps}" for steps, numbers in own.items()]
+    if sum(map(len, own.values())) < len(plan.layers):
+        said.insert(0, plan.schedule.describe(noise_levels))
+    return f"{len(noise_levels)} steps: " + "; ".join(said)
+
+
+def layers_of(numbers: Sequence[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def heads_of(numbers: Sequence[int]) -> str:

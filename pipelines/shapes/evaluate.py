@@ -189,8 +189,9 @@ class _Studio:
         return self.known[key]
 
     def key(self, item: Item, plan: Plan | None) -> str:
-        """A hash of all that decides a video's pixels, but the chip."""
-        facts = [self.weights, self.dtype, torch.__version__, asdict(item), plan.to_json() if plan else None]
+        """A hash of all that decides a video's pixels, but the chip: not of what is said about a plan."""
+        bare = plan and plan.model_copy(update={"name": "", "note": "", "predicted": {}, "measured": {}})
+        facts = [self.weights, self.dtype, torch.__version__, asdict(item), bare.to_json() if bare else None]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def video(self, item: Item, plan: Plan | None) -> tuple[np.ndarray, float]:

@@ -376,3 +376,26 @@ def test_entries_whose_heads_stand_between_others_give_them_what_is_theirs(corre
             level > 0.8 or (correction != "none" and level in (0.7, 0.3))
         )
     assert between.density() == pytest.approx(apart.density())
+
+
+@pytest.mark.parametrize("selector", [TopK(density=0.2), Window(frames=1), Precise(density=0.2)])
+def test_a_layer_measures_at_the_steps_of_its_own_schedule(selector: Selector):
+    usual = Schedule(dense_until=0.85, dense_by="own", refresh_at=(0.5,))
+    own = Schedule(dense_until=0.95, dense_by="own", refresh_at=(0.75, 0.3))
+    run = run_of(selector, correction="residual", schedule=usual, layers=3)
+    plain, other = run.plan.layers[0], run.plan.layers[1].model_copy(update={"schedule": own})
+    run = PlanRun(run.plan.model_copy(update={"layers": (plain, other, plain)}))
+    levels = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
+    run.begin(levels)
+    assert run.describe_steps() == (
+        "7 steps: 0-1 dense, 2 refresh, 3 reuse, 4 refresh, 5-6 reuse; "
+        "layer 1: 0 dense, 1 refresh, 2 reuse, 3 refresh, 4 reuse, 5 refresh, 6 reuse"
+    )
+    exact: list[list[int]] = [[], [], []]
+    for step, level in enumerate(levels):
+        qkv = qkv_of(step)
+        for layer, steps in enumerate(exact):
+            if torch.allclose(call(run, qkv, level, layer), dense(qkv), atol=1e-5):
+                steps.append(step)
+    assert exact == [[0, 1, 2, 4], [0, 1, 3, 5], [0, 1, 2, 4]]
+    assert [status.dense_calls for status in run.status()] == [2, 1, 2]
