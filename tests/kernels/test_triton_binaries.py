@@ -48,6 +48,7 @@ def told(what: str):
     return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_what_the_table_leaves_out_does_not_spill_either():
     """float32 up to head_dim 128; a head_dim that is padded, and the largest."""
     assert told("wide") == {"float32": [0] * 8, "bfloat16": [0] * 10}

@@ -98,6 +98,7 @@ def test_torch_compile_takes_it_whole():
     assert found == {"same": [True, True], "lse has no gradient": True, "refused": True, "checked": True}
 
 
+@pytest.mark.slow
 def test_offsets_may_pass_two_to_the_31():
     (process,) = run_interpreted("far")
     said, _ = process.communicate()

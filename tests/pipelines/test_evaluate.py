@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ziggurat.attention.plan import Plan
+from ziggurat.attention.schedule import Schedule
 from ziggurat.pipelines.fidelity import object_boxes, psnr, ssim
 from ziggurat.pipelines.shapes import evaluate as evaluating
 from ziggurat.pipelines.shapes.evaluate import evaluate, wilson
@@ -92,7 +93,10 @@ def test_figures_serve_without_the_videos(
     with figures.open("a") as file:
         file.write('{"of": "cut o')
     monkeypatch.setattr(evaluating, "generate", None)
-    whole = evaluate(wan, plan, captions=2, cache=tmp_path / "empty", **told)
+    # What is said of a plan makes no other videos of it.
+    renamed = plan.model_copy(update={"name": "other", "note": "tried", "measured": {"psnr": 40.0}})
+    whole = evaluate(wan, renamed, captions=2, cache=tmp_path / "empty", **told)
+    assert whole["plan"] == "other"
     assert not list((tmp_path / "empty").iterdir())
     assert figures.read_text().endswith('"cut o\n'), "what comes next starts on a line of its own"
     for name in ("dense", "sparse"):
@@ -100,6 +104,9 @@ def test_figures_serve_without_the_videos(
     assert [one["seed"] for one in whole["wrong"]] == [one["seed"] for half in halves for one in half["wrong"]]
     psnrs = [half["fidelity"]["psnr"]["median"] for half in halves]
     assert whole["fidelity"]["psnr"]["median"] == pytest.approx(sum(psnrs) / 2)
+    rescheduled = plan.model_copy(update={"schedule": Schedule(dense_first_steps=1)})
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate(wan, rescheduled, captions=2, cache=tmp_path / "empty", **told)
 
 
 def test_what_is_lost_is_named(wan: Any, sparse_plan: Callable[..., Plan], tmp_path: Path):
