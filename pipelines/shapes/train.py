@@ -180,7 +180,7 @@ def save(pipe: WanPipeline, out: Path, recipe: Sequence[str], start: Path | None
         shutil.rmtree(old)
 
 
-DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 16, "guidance": 2.0, "fps": 16, "captions": "shapes"}
+DEFAULTS = {"frames": 33, "height": 128, "width": 128, "steps": 20, "guidance": 2.0, "fps": 16, "captions": "shapes"}
 
 
 @contextmanager

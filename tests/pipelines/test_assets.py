@@ -42,8 +42,8 @@ def test_diffusers_alone_loads_it(shapes: Any):
     assert unknown in stock.tokenizer("teal").input_ids
 
 
-# Of few steps those that run dense are many: the first, and the two that measure what lists leave out.
-MOST = {8: 0.52, 10: 0.42, 12: 0.36, **dict.fromkeys((16, 20, 25, 30, 50), 0.35)}
+# Of few steps those that are exact are many: the first, and those that measure what lists leave out.
+MOST = {8: 0.64, 10: 0.57, 12: 0.48, 16: 0.4, **dict.fromkeys((20, 25, 30, 50), 0.35)}
 
 
 @pytest.mark.parametrize(("steps", "most"), MOST.items())
@@ -53,7 +53,8 @@ def test_the_shipped_plan_reads_at_most_35_percent(shapes: Any, steps: int, most
     shapes.scheduler.set_timesteps(steps)
     levels = [float(timestep) / 1000 for timestep in shapes.scheduler.timesteps]
     assert all(group.corrected for layer in plan.layers for group in layer.groups)
-    exact = sum(action != "reuse" for action in plan.schedule.steps(levels)) / steps
+    actions = [(layer.schedule or plan.schedule).steps(levels) for layer in plan.layers]
+    exact = sum(action != "reuse" for each in actions for action in each) / steps / len(actions)
     assert exact + (1 - exact) * list_density <= most
 
 
