@@ -87,7 +87,7 @@ def scheduled(plan: Plan, times: tuple[Times, ...]) -> Plan:
     return plan.model_copy(update={"layers": tuple(layers)})
 
 
-def video(pipe: Any, plan: Plan | None, seed: int, name: Path) -> tuple[np.ndarray, float]:
+def video(pipe: Any, plan: Plan, seed: int, name: Path) -> tuple[np.ndarray, float]:
     """Frames and density of a run, unless they are there."""
     path = name.with_name(name.name + ".npz")
     if not path.is_file():
