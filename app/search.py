@@ -37,22 +37,22 @@ HeldOut = Annotated[Path | None, typer.Option(help="A file of prompts to prove o
 Candidates = Annotated[Path | None, typer.Option(help="A TOML file of what to try.", show_default="the defaults")]
 Write = Annotated[Path | None, typer.Option(help="Write the default candidates to this file, to be edited; no search.")]
 Corrected = Annotated[
-    Literal["none", "rho", "residual"] | None,
+    Literal["none", "rho", "residual", "trend"] | None,
     typer.Option(
         help="Of the default candidates: what makes up for keys left out, measured at each refresh, which runs dense.",
-        show_default="residual where it fits memory",
+        show_default="trend or residual, if it fits memory",
     ),
 ]
 Noise = Annotated[int, typer.Option(min=1, help="Denoising steps that are measured.")]
 Rows = Annotated[int, typer.Option(min=0, help="Queries of a call that are measured, about; 0 = all of them.")]
 DenseUntil = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Steps of more noise than this run dense; 1 = none.", show_default="0.96"),
+    typer.Option(min=0, max=1, help="Steps of more noise than this run dense; 1 = none.", show_default="what suits"),
 ]
 RefreshAt = Annotated[
     list[float] | None,
     typer.Option(
-        min=0, max=1, help="A noise level where lists are built anew; repeat it for more.", show_default="0.75"
+        min=0, max=1, help="A noise level where lists are built anew; repeat it for more.", show_default="what suits"
     ),
 ]
 Across = Annotated[int, typer.Option(min=0, help="Plans spread over the front to prove beside the chosen one.")]
@@ -107,7 +107,7 @@ def search(
 
         if write_candidates.exists():
             raise ValueError(f"{write_candidates} is there already: give a new name")
-        write_candidates.write_text(to_toml(default_candidates(default_device(), correction or "residual")))
+        write_candidates.write_text(to_toml(default_candidates(default_device(), correction or "trend")))
         note(f"candidates  {write_candidates}")
         return
     quiet_libraries()
@@ -117,7 +117,6 @@ def search(
 
     falling = tuple(sorted(set(refresh_at), reverse=True)) if refresh_at else None
     asked = {"dense_until": dense_until, "refresh_at": falling}
-    schedule = searching.SCHEDULE.model_copy(update={name: at for name, at in asked.items() if at is not None})
     begun = time.monotonic()
     pipe: Any = load(model, dtype=dtype)
     with kept_in(out), progress_bars(STAGES) as report:
@@ -135,7 +134,7 @@ def search(
             expert=expert,
             noise_steps=noise_steps,
             rows=rows or None,
-            schedule=schedule,
+            schedule={name: at for name, at in asked.items() if at is not None},
             quantile=quantile,
             proofs=proofs,
             across=across,

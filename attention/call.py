@@ -21,6 +21,7 @@ class GroupCall:
     """One call of a head group.
 
     place: the layer and group. branch: which guidance branch calls. shared: branches read the first one's list.
+    noise_level: of the step, 0 ... 1.
     epoch: a list or correction of another epoch is rebuilt. final: no refresh follows in this run. lends: the group
     reads everything, and the lse of that is what lists of the layer are to be built from.
     query: [B, heads of the group, N, D]; pyramid: over the same heads' keys and values.
@@ -29,6 +30,7 @@ class GroupCall:
     place: tuple[int, int]
     branch: Hashable
     shared: bool
+    noise_level: float
     epoch: int
     final: bool
     lends: bool

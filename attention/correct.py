@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import log
+
 import torch
 from torch import Tensor
 
 from .plan import Correction
 
+EARLIEST = 1e-3
+"""1 - noise level below which a trend counts no further back: its logarithm has no end."""
+FOLLOWED = 0.5
+"""The share of a residual's trend that it follows: it bends, so that all of it goes too far."""
 
-def measure(kind: Correction, out: Tensor, lse: Tensor, full: Tensor, full_lse: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A list's output [..., N, D] and lse [..., N] held against those of all keys: rho, and for "residual" the rest.
 
-    rho: float16 [..., N], the share of the softmax's sum that the list kept, at most 1. residual: like `out`, what
-    rho * out lacks of the full output (Re-ttention, arXiv 2505.22918; the residual: DiTFastAttn, arXiv 2406.08552).
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """noise_level: where it was measured. rho: float16 [..., N], the share of the softmax's sum that the list kept, at
+    most 1. residual: [..., N, D], what rho times the list's output lacked, None where that is not kept. trend: how much
+    the residual moved, per unit of log(1 - noise level), since the measurement before; None where there was none.
+    """
+
+    noise_level: float
+    rho: Tensor
+    residual: Tensor | None = None
+    trend: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.rho, self.residual, self.trend) if part is not None)
+
+    def apply(self, out: Tensor, noise_level: float) -> Tensor:
+        """A list's output [..., N, D] at a later step, corrected."""
+        scale = self.rho[..., None].to(out.dtype)
+        if self.residual is None:
+            return scale * out
+        out = torch.addcmul(self.residual, scale, out)
+        if self.trend is None:
+            return out
+        return out.add(self.trend, alpha=FOLLOWED * (_time(noise_level) - _time(self.noise_level)))
+
+
+def measure(
+    kind: Correction,
+    out: Tensor,
+    lse: Tensor,
+    full: Tensor,
+    full_lse: Tensor,
+    *,
+    noise_level: float,
+    before: Measured | None = None,
+) -> Measured:
+    """A list's output [..., N, D] and lse [..., N] held against those of all keys.
+
+    before: the measurement before it, of the same queries at a higher noise level, which a "trend" is taken from.
+    (rho: Re-ttention, arXiv 2505.22918; the residual: DiTFastAttn, arXiv 2406.08552.)
     """
     with torch.no_grad():
         # Overlapping lists may weigh more than all keys, and queries without keys have no lse.
         rho = torch.where(full_lse > -torch.inf, (lse - full_lse).exp(), 1).clamp(max=1).to(torch.float16)
-        return rho, full.detach() - rho[..., None].to(out.dtype) * out.detach() if kind == "residual" else None
+        if kind == "rho":
+            return Measured(noise_level=noise_level, rho=rho)
+        residual = full.detach() - rho[..., None].to(out.dtype) * out.detach()
+        trend = None
+        if kind == "trend" and before is not None and before.residual is not None:
+            passed = _time(noise_level) - _time(before.noise_level)
+            trend = (residual - before.residual) / passed if passed > 0 else None
+        return Measured(noise_level=noise_level, rho=rho, residual=residual, trend=trend)
 
 
-def apply(out: Tensor, rho: Tensor, residual: Tensor | None) -> Tensor:
-    """A list's output [..., N, D], corrected by what was measured of an earlier one."""
-    scale = rho[..., None].to(out.dtype)
-    return scale * out if residual is None else torch.addcmul(residual, scale, out)
+def _time(noise_level: float) -> float:
+    """The clock by which residuals move about evenly: fast while first outlines appear, slowly at the end."""
+    return log(max(1 - noise_level, EARLIEST))

@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, Field(max_length=2000)]
 Grid = tuple[int, int, int]
 """Frames, height and width in latent patches."""
-Correction = Literal["none", "rho", "residual"]
+Correction = Literal["none", "rho", "residual", "trend"]
 Figures = dict[Annotated[str, Field(max_length=100)], Annotated[float, Field(allow_inf_nan=False)]]
 
 
@@ -39,7 +39,8 @@ class HeadPlan(_Part):
     rest: "drop" what the selector leaves out, or read it "pooled", exactly once, at the group's coarser level.
     correction: what makes up for keys left out, measured at every refresh, which therefore runs dense (Re-ttention,
         arXiv 2505.22918): "rho" scales outputs by the share of the softmax's sum that the list kept; "residual" also
-        adds what the scaled output then lacked. Costs a number, or a vector, per query, layer and branch.
+        adds what the scaled output then lacked; "trend" also moves that on, by half of how it moved between the last
+        two measurements. Costs a number, and a vector or two, per query, head and branch.
     """
 
     heads: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)

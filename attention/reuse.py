@@ -13,7 +13,7 @@ from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList
 from ..kernels.listops import all_blocks
 from .call import GroupCall
-from .correct import apply, measure
+from .correct import Measured, measure
 from .grid import TokenGrid
 from .lists import ListCache, Places, joined, pyramid_heads, with_rest
 from .select import DynamicSelector
@@ -52,16 +52,15 @@ class _Lent:
 
 @dataclass(frozen=True, kw_only=True)
 class _Correction:
-    """rho: float16 [B, H, N], at most 1. residual: [B, H, N, D] or None."""
+    """What was measured of an entry's heads, all queries: rho [B, H, N], residual and trend [B, H, N, D]."""
 
     epoch: int
     stamp: tuple[TokenGrid, int]
-    rho: Tensor
-    residual: Tensor | None
+    measured: Measured
 
     @property
     def nbytes(self) -> int:
-        return self.rho.nbytes + (0 if self.residual is None else self.residual.nbytes)
+        return self.measured.nbytes
 
 
 @dataclass
@@ -219,13 +218,15 @@ class Reuse:
     ) -> Tensor:
         key = (call.branch, (call.place, number))
         kept = self._corrections.get(key)
-        if kept is None or (kept.epoch, kept.stamp) != (call.epoch, call.stamp):
+        if kept is not None and kept.stamp != call.stamp:
+            kept = None
+        if kept is None or kept.epoch != call.epoch:
             full, full_lse = self._exact(call, number, heads, exact)
-            rho, residual = measure(call.group.entries[number].correction, out, lse, full, full_lse)
-            kept = _Correction(epoch=call.epoch, stamp=call.stamp, rho=rho, residual=residual)
-            self._keep(self._corrections, key, kept)
+            kind, before = call.group.entries[number].correction, kept.measured if kept is not None else None
+            found = measure(kind, out, lse, full, full_lse, noise_level=call.noise_level, before=before)
+            self._keep(self._corrections, key, _Correction(epoch=call.epoch, stamp=call.stamp, measured=found))
             return full
-        return apply(out, kept.rho, kept.residual)
+        return kept.measured.apply(out, call.noise_level)
 
     def _whole(self, call: GroupCall, kept: _Lists | None) -> BlockList:
         """One list for all heads of the group."""

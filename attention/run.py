@@ -192,6 +192,7 @@ class PlanRun:
                 place=(layer, index),
                 branch=branch,
                 shared=schedule.share_branches,
+                noise_level=noise_level,
                 epoch=schedule.epoch(noise_level),
                 final=final,
                 lends=lends,

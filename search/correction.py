@@ -1,4 +1,4 @@
-"""Whether a model's runs can keep what makes up for the keys that lists leave out: a vector for every query."""
+"""What a model's runs can keep of what makes up for the keys that lists leave out: a vector or two for every query."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = MAX_CACHE_BYTES // 2
 def affordable(
     pipe: Any, transformer: nn.Module, shape: ModelShape, prompt: str, settings: Mapping[str, Any]
 ) -> tuple[Correction, str]:
-    """The correction that a run of one video can keep, "residual" or "none", and why.
+    """The correction that a run of one video can keep, "trend", "residual" or "none", and why.
 
     Counted are the visual tokens of all heads; text beside them is a few percent more.
     """
@@ -30,10 +30,10 @@ def affordable(
     if grid is None:
         return "none", "none: this pipeline does not tell its sequence's length beforehand"
     queries = math.prod(grid) * shape.layers * shape.heads
-    size = queries * (shape.head_dim * next(transformer.parameters()).element_size() + 2)
-    if size > MOST:
-        return (
-            "none",
-            f"none: residuals take {in_bytes(size)} a guidance branch, more than the {in_bytes(MOST)} for them",
-        )
-    return "residual", f"residual: {in_bytes(size)} a guidance branch"
+    vector = shape.head_dim * next(transformer.parameters()).element_size()
+    sizes: dict[Correction, int] = {"trend": queries * (2 * vector + 2), "residual": queries * (vector + 2)}
+    for kind, size in sizes.items():
+        if size <= MOST:
+            return kind, f"{kind}: {in_bytes(size)} a guidance branch"
+    least = in_bytes(sizes["residual"])
+    return "none", f"none: residuals take {least} a guidance branch, more than the {in_bytes(MOST)} for them"

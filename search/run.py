@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..attention.plan import Correction, Plan
@@ -30,6 +31,9 @@ from .sensitivity import forwards_within, sensitivities
 from .settle import bounded, front, gathered, knapsack, steadiness
 
 SCHEDULE = Schedule(dense_until=0.96, refresh_at=(0.75,))
+CORRECTED = Schedule(refresh_at=(0.99, 0.975, 0.957, 0.86, 0.45))
+"""Of candidates whose correction is measured at every refresh, which is exact therefore: most of them early, for what
+goes wrong there grows while the video takes shape (benchmarks/schedules.py)."""
 BUDGET = 0.5
 SENSITIVITY_PASSES = 24
 MOST_PROMPTS = 16
@@ -85,7 +89,7 @@ def search(
     height: int | None = None,
     width: int | None = None,
     guidance: float | None = None,
-    schedule: Schedule = SCHEDULE,
+    schedule: Schedule | Mapping[str, Any] = MappingProxyType({}),
     quantile: float = 1.0,
     proofs: int = 2,
     across: int = 0,
@@ -104,7 +108,8 @@ def search(
             that reaches it, found by bisection.
         prompts: to calibrate on; held_out: to prove on (the first `proofs` of them; 0 = no proof).
         candidates: what to try for each head, or a TOML file of it; else the default ones, of these families, all with
-            this correction (see `HeadPlan`): None = "residual" where what it keeps fits a run's memory, else "none".
+            this correction (see `HeadPlan`): None = "trend" where what it keeps fits a run's memory, else "residual"
+            where that does, else "none".
         expert: of a pipeline with two transformers the one to search for, the first by default; the plan is for that
             one alone.
         noise_steps: at how many of the sparse denoising steps to measure, those of `middle_steps`.
@@ -112,7 +117,8 @@ def search(
             turns, so that they see more of the sequence between them. None = all queries of every call.
         passes: forwards of the transformer that sensitivities may take; of models with more layers some are measured.
         steps, frames, height, width, guidance: of every run, the model's own by default.
-        schedule: of the plan. Its dense steps go to our own kernel where that is the faster one here.
+        schedule: of the plan, or in what it differs from the usual one: `CORRECTED` where a candidate has a correction,
+            else `SCHEDULE`. Its dense steps go to our own kernel where that is the faster one here.
         across: how many plans spread over the front are proved beside the chosen one.
         quantile: of the errors over prompts, steps and branches that counts; 1 = the worst.
         resume: go on from what an interrupted search of the same settings left in `out`.
@@ -159,6 +165,9 @@ def search(
         candidates = load_candidates(candidates) if isinstance(candidates, str | Path) else candidates
         why = "each candidate's own"
     tried = with_dense(candidates)
+    if not isinstance(schedule, Schedule):
+        usual = CORRECTED if any(one.correction != "none" for one in tried) else SCHEDULE
+        schedule = Schedule.model_validate({**usual.model_dump(), **schedule})
 
     captured = capture_scores(
         pipe,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.correct import apply, measure
+from ..attention.correct import Measured, measure
 from ..attention.dense import Dense
 from ..attention.grid import TokenGrid
 from ..attention.plan import Plan
@@ -91,8 +91,8 @@ class ScoringRun(PlanRun):
     """A dense plan that holds every candidate against some of the calls on the way.
 
     Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them; so are
-    corrections, for which the calls of that step are held. Steps at which corrections are measured are exact, and are
-    scored only where there are no others.
+    corrections, for which the calls of that step are held, and of the measurement before it where a trend is followed.
+    Steps at which corrections are measured are exact, and are scored only where there are no others.
 
     schedule: of the plan that is searched for; count: at how many of its sparse steps, those of `middle_steps`.
     takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
@@ -118,6 +118,7 @@ class ScoringRun(PlanRun):
         self.sparse: list[int] = []
         self.wanted: list[int] = []
         self.builds: dict[int, int] = {}
+        self.earlier: dict[int, int] = {}
         self.branches: list[str] = []
         self.grid: TokenGrid | None = None
         self.dtype: torch.dtype | None = None
@@ -125,8 +126,9 @@ class ScoringRun(PlanRun):
         # Of each branch and layer, the lists that the steps to come read.
         self._built: dict[tuple[str, int], list[BlockList | BitList | None]] = {}
         self.corrected = any(candidate.correction != "none" for candidate in candidates)
-        # The call of each branch and layer that corrections are measured in.
-        self._held: dict[tuple[str, int], Sample] = {}
+        self.trends = any(candidate.correction == "trend" for candidate in candidates)
+        # The calls of each branch and layer that corrections are measured in, by step: the last two at most.
+        self._held: dict[tuple[str, int], dict[int, Sample]] = {}
         super().__init__(plan)
 
     def begin(self, noise_levels: Sequence[float] | None = None) -> None:
@@ -146,23 +148,25 @@ class ScoringRun(PlanRun):
             reused = [step for step in sparse if builds[step] != step]
             self.wanted = middle_steps(noise_levels, reused if self.corrected and reused else sparse, self.count)
             self.builds = {step: builds[step] for step in self.wanted}
+            # The measurement before each: trends are taken from it.
+            firsts = sorted(set(builds.values()))
+            self.earlier = dict(zip(firsts[1:], firsts, strict=False)) if self.trends else {}
         self._built.clear()
         self._held.clear()
 
     def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
         place = (self.prompt, call["step"], str(call["branch"]), call["layer"])
-        if call["grid"] is not None:
-            self.grid, self.dtype = call["grid"], query.dtype
+        now, grid = call["step"], call["grid"]
+        if grid is not None:
+            self.grid, self.dtype = grid, query.dtype
         if place[2] not in self.branches:
             self.branches.append(place[2])
-        # The steps to be measured that this one builds lists for, itself among them.
-        steps = [
-            step
-            for step, built in self.builds.items()
-            if built == call["step"] <= step and (place[0], step, *place[2:]) not in self.journal.scores
-        ]
-        measured = call["step"] in self.wanted and place not in self.journal.scores
-        if call["grid"] is not None and (steps or measured):
+        waiting = [step for step in self.wanted if (place[0], step, *place[2:]) not in self.journal.scores]
+        measured = now in waiting
+        # Whether steps to come read lists that this one builds, or what it measures.
+        builds = any(self.builds[step] == now < step for step in waiting)
+        holds = builds or any(self.earlier.get(self.builds[step]) == now for step in waiting)
+        if grid is not None and (measured or holds):
             if self.cancelled():
                 raise Cancelled
             if not bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
@@ -185,18 +189,24 @@ class ScoringRun(PlanRun):
                 self._entries[sample.grid] = entries_of(self.candidates, sample.grid, query.device)
             entries = self._entries[sample.grid]
             with torch.no_grad():
-                looked = self._call(sample, call)
-                if any(step != sample.step for step in steps):
+                if holds and self.corrected:
+                    held = self._held.get(place[2:], {})
+                    kept = {step: one for step, one in held.items() if step == self.earlier.get(now)}
+                    self._held[place[2:]] = {**kept, now: sample.to("cpu")}
+                looked = self._call(sample, call, now)
+                if builds:
                     self._built[place[2:]] = [_kept(looked, entry) for entry in entries]
-                    if self.corrected:
-                        self._held[place[2:]] = sample.to("cpu")
                 if measured:
-                    lists = before = None
-                    if self.builds[sample.step] != sample.step:
+                    lists, before, earlier = None, None, None
+                    build = self.builds[now]
+                    if build != now:
                         lists = self._built[place[2:]]
                         if self.corrected:
-                            before = self._call(self._held[place[2:]].to(query.device), call)
-                    found = score(looked, entries, lists, before)
+                            held = self._held[place[2:]]
+                            before = self._call(held[build].to(query.device), call, now)
+                            if build in self.earlier:
+                                earlier = self._call(held[self.earlier[build]].to(query.device), call, now)
+                    found = score(looked, entries, lists, before, earlier)
                     self.journal.add(
                         Score(
                             prompt=self.prompt,
@@ -210,11 +220,13 @@ class ScoringRun(PlanRun):
                     self.report()
         return super().attend_layer(query, key, value, **call)
 
-    def _call(self, sample: Sample, given: dict[str, Any]) -> Call:
-        """The call as it is looked at: those of a layer take turns, the same whenever they are made, and those that
+    def _call(self, sample: Sample, given: dict[str, Any], step: int) -> Call:
+        """The call as `step` looks at it: those of a layer take turns, the same whenever they are made, and steps that
         read one build's lists look at the same queries."""
         builds = sorted(set(self.builds.values()))
-        own = builds.index(self.builds.get(sample.step, sample.step)) * 2 + self.branches.index(sample.branch)
+        build = self.builds.get(step, step)
+        # A measurement that trends are taken from alone is looked at by the steps that follow them.
+        own = (builds.index(build) if build in builds else 0) * 2 + self.branches.index(sample.branch)
         return Call(
             sample,
             scale=given.get("scale"),
@@ -237,12 +249,14 @@ def score(
     entries: Sequence[Entry],
     lists: Sequence[BlockList | BitList | None] | None = None,
     before: Call | None = None,
+    earlier: Call | None = None,
 ) -> dict[str, Any]:
     """The parts of a `Score` that a call's tensors tell, each as lists [heads][candidates].
 
     lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. before: the same
-    queries at the step that corrections are measured at; None = at this one, which is exact. Errors are the worst of a
-    batch's items. Those that read everything are what errors are held against: theirs is 0.
+    queries at the step that corrections are measured at; None = at this one, which is exact. earlier: the same at the
+    measurement before that, which trends are taken from. Errors are the worst of a batch's items. Those that read
+    everything are what errors are held against: theirs is 0.
     """
     sample = call.sample
     heads = sample.query.shape[1]
@@ -264,7 +278,14 @@ def score(
         columns["recalls"].append(call.recall(entry, blocks))
         out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
         if entry.candidate.correction != "none":
-            out = dense if before is None else apply(out, *_correction(before, entry, blocks, places))
+            if before is None:
+                out = dense
+            else:
+                kind = entry.candidate.correction
+                first = None
+                if kind == "trend" and earlier is not None:
+                    first = _measured(earlier, entry, earlier.select(entry), places)
+                out = _measured(before, entry, blocks, places, first).apply(out, sample.noise_level)
         off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:
@@ -274,8 +295,8 @@ def score(
     return {"rows": len(places), "norms": dense.square().sum((0, 2, 3)).sqrt().tolist(), **turned}
 
 
-def _correction(before: Call, entry: Entry, blocks: BlockList, places: Tensor) -> tuple[Tensor, Tensor | None]:
+def _measured(call: Call, entry: Entry, blocks: BlockList, places: Tensor, before: Measured | None = None) -> Measured:
     """What `attention.correct.measure` finds of an entry's list at an earlier call, for some queries."""
-    out, lse = attend(before.sample.query, before.pyramid(entry), blocks, scale=before.scale)
-    parts = (part[:, :, places] for part in (out, lse, *before.dense(entry)))
-    return measure(entry.candidate.correction, *parts)
+    out, lse = attend(call.sample.query, call.pyramid(entry), blocks, scale=call.scale)
+    parts = (part[:, :, places] for part in (out, lse, *call.dense(entry)))
+    return measure(entry.candidate.correction, *parts, noise_level=call.sample.noise_level, before=before)

@@ -85,13 +85,13 @@ def test_refresh_levels_reach_the_schedule_falling(asked, tmp_path, monkeypatch)
     given = []
 
     def ended(*_, schedule, **__):
-        given.append(schedule.refresh_at)
+        given.append(schedule)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(searching, "search", ended)
     call(*asked, "--out", tmp_path / "levels", "--refresh-at", "0.3", "--refresh-at", "0.8")
     call(*asked, "--out", tmp_path / "levels")
-    assert given == [(0.8, 0.3), searching.SCHEDULE.refresh_at]
+    assert given == [{"dense_until": 1.0, "refresh_at": (0.8, 0.3)}, {"dense_until": 1.0}]
 
 
 def test_an_ended_search_says_what_it_keeps(asked, tmp_path, capsys, monkeypatch):
@@ -107,7 +107,7 @@ def test_the_default_candidates_are_written_to_be_edited(tmp_path, capsys):
     path = tmp_path / "mine.toml"
     assert call("search", "--write-candidates", path) == 0
     assert path.read_text().count("[[candidate]]") >= 30
-    assert 'correction = "residual"' in path.read_text()
+    assert 'correction = "trend"' in path.read_text()
     assert call("search", "--write-candidates", tmp_path / "plain.toml", "--correction", "none") == 0
     assert "residual" not in (tmp_path / "plain.toml").read_text()
     assert call("search", "--write-candidates", path) == 1

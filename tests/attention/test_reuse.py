@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ziggurat.attention.grid import TokenGrid
-from ziggurat.attention.levels import level0_reads
 from ziggurat.attention.order import TokenOrder
 from ziggurat.attention.plan import HeadGroup, HeadPlan, LayerPlan, Plan
 from ziggurat.attention.precise import Precise
@@ -281,59 +280,6 @@ def test_a_large_video_stays_under_the_default_cap():
     lse = grid.tokens * 4
     assert 40 * 40 * kept < 1 << 29
     assert 40 * 40 * (kept + lse) < 1 << 30
-
-
-@pytest.mark.parametrize("correction", ["rho", "residual"])
-@pytest.mark.parametrize("selector", [TopK(density=0.2), Window(frames=1), Precise(density=0.2)], ids=lambda s: s.name)
-def test_correction_is_that_of_the_refresh_step(correction: str, selector: Selector):
-    run = run_of(selector, correction=correction, schedule=Schedule(refresh_at=(0.4,)))
-    plain = run_of(selector)
-    first, later = qkv_of(0), qkv_of(1)
-    torch.testing.assert_close(call(run, first, 0.9), dense(first))
-    if isinstance(selector, Precise):
-        call(plain, first)
-    sparse_first, sparse_later = call(plain, first), call(plain, later)
-
-    rho = run.reuse._corrections["cond", ((0, 0), 0)].rho.float()
-    assert bool((rho <= 1).all())
-    assert bool((rho > 0).all())
-    assert float(rho[:, :, -9:].min()) > 0.999, "text reads everything"
-    wanted = rho[..., None] * sparse_later
-    if correction == "residual":
-        wanted = wanted + dense(first) - rho[..., None] * sparse_first
-    torch.testing.assert_close(call(run, later, 0.8), wanted, rtol=1e-4, atol=1e-4)
-    if correction == "residual":
-        # The same input again: the residual makes it dense.
-        torch.testing.assert_close(call(run, first, 0.7), dense(first), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(call(run, later, 0.3), dense(later))
-    rows = HEADS * GRID.tokens
-    assert run.reuse.peak["corrections"] == rows * 2 + (rows * DIM * 4 if correction == "residual" else 0)
-
-
-def test_rho_is_the_share_of_the_sum_that_the_list_kept():
-    run = run_of(Window(frames=1), correction="rho")
-    qkv = qkv_of(0)
-    call(run, qkv)
-    rho = run.reuse._corrections["cond", ((0, 0), 0)].rho.float()
-    blocks = run.lists.prepare(0, run.plan.layers[0].groups[0], GRID, torch.device("cpu"))
-    assert blocks.blocks is not None
-    layout = blocks.layouts[0]
-    reads = level0_reads(blocks.blocks, layout.blocks)
-    shares = (qkv[0] @ qkv[1].mT * DIM**-0.5).softmax(-1)
-    for tile in range(layout.tiles):
-        rows = layout.key_rows.view(-1, 8)[reads[tile]].flatten()
-        keys, queries = rows[rows >= 0].long(), layout.query_rows[0, tile]
-        queries = queries[queries >= 0].long()
-        torch.testing.assert_close(rho[:, :, queries], shares[:, :, queries][..., keys].sum(-1), rtol=2e-3, atol=2e-3)
-
-
-def test_branches_have_corrections_of_their_own():
-    run = run_of(TopK(density=0.2), correction="rho", schedule=Schedule(share_branches=True))
-    for branch, seed in (("cond", 0), ("uncond", 1)):
-        qkv = qkv_of(seed)
-        torch.testing.assert_close(call(run, qkv, branch=branch), dense(qkv))
-    assert run.lists.built == 1
-    assert not torch.equal(*(item.rho for item in run.reuse._corrections.values()))
 
 
 def test_gradients_flow_through_dynamic_and_dense_steps():

@@ -94,8 +94,12 @@ def test_residuals_are_taken_where_they_fit(wan, monkeypatch: pytest.MonkeyPatch
     shape = model_shape(wan.transformer)
     ask: Any = (wan, wan.transformer, shape, "a large red circle", {"frames": 9, "height": 32, "width": 48})
     kind, why = affordable(*ask)
-    assert kind == "residual"
-    assert why.startswith("residual: ")
+    assert kind == "trend"
+    assert why.startswith("trend: ")
+    queries = shape.layers * shape.heads * 3 * 4 * 6
+    monkeypatch.setattr(corrections, "MOST", queries * (2 * shape.head_dim * 4 + 2) - 1)
+    kind, why = affordable(*ask)
+    assert (kind, why.startswith("residual: ")) == ("residual", True)
     monkeypatch.setattr(corrections, "MOST", 1000)
     kind, why = affordable(*ask)
     assert kind == "none"
@@ -115,8 +119,8 @@ def test_the_default_candidates_have_one_and_a_file_keeps_it(wan, tmp_path: Path
     asked: Any = {"prompts": ["a large red circle"], "proofs": 0, "noise_steps": 1, "families": ["skip"]}
     asked |= {"frames": 9, "height": 32, "width": 48, "guidance": 5.0, "schedule": Schedule()}
     found = searching.search(wan, tmp_path / "search", steps=3, **asked).findings
-    assert {(one.family, one.correction) for one in found.candidates} == {("skip", "residual"), ("dense", "none")}
-    assert found.corrected.startswith("residual: ")
+    assert {(one.family, one.correction) for one in found.candidates} == {("skip", "trend"), ("dense", "none")}
+    assert found.corrected.startswith("trend: ")
     # Of one step all is exact.
     found = searching.search(wan, tmp_path / "search", steps=1, **asked).findings
     assert found.measured_steps == [0]

@@ -145,7 +145,9 @@ def test_scores_are_those_of_attention_itself():
     assert [row[frame_by_frame] for row in found["recalls"]] == pytest.approx(recall.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("correction", "scored"), [("none", [1, 2, 3, 4]), ("rho", [2, 4]), ("residual", [2, 4])])
+@pytest.mark.parametrize(
+    ("correction", "scored"), [("none", [1, 2, 3, 4]), ("rho", [2, 4]), ("residual", [2, 4]), ("trend", [2, 4])]
+)
 def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
     tmp_path: Path, correction: Any, scored: list[int]
 ):
