@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 import torch
 from torch import Tensor
 
 from .plan import Correction
+from .schedule import log_signal
 
-EARLIEST = 1e-3
-"""1 - noise level below which a trend counts no further back: its logarithm has no end."""
 FOLLOWED = 0.5
-"""The share of a residual's trend that it follows: it bends, so that all of it goes too far."""
+"""The share of a trend that a residual is taken to follow: it bends (benchmarks/schedules.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """noise_level: where it was measured. rho: float16 [..., N], the share of the softmax's sum that the list kept, at
     most 1. residual: [..., N, D], what rho times the list's output lacked, None where that is not kept. trend: how much
-    the residual moved, per unit of log(1 - noise level), since the measurement before; None where there was none.
+    the residual moved, per unit of `log_signal`, since the measurement before; None where there was none.
     """
 
     noise_level: float
@@ -40,7 +38,7 @@ class Measured:
         out = torch.addcmul(self.residual, scale, out)
         if self.trend is None:
             return out
-        return out.add(self.trend, alpha=FOLLOWED * (_time(noise_level) - _time(self.noise_level)))
+        return out.add(self.trend, alpha=FOLLOWED * (log_signal(noise_level) - log_signal(self.noise_level)))
 
 
 def measure(
@@ -66,11 +64,6 @@ def measure(
         residual = full.detach() - rho[..., None].to(out.dtype) * out.detach()
         trend = None
         if kind == "trend" and before is not None and before.residual is not None:
-            passed = _time(noise_level) - _time(before.noise_level)
+            passed = log_signal(noise_level) - log_signal(before.noise_level)
             trend = (residual - before.residual) / passed if passed > 0 else None
         return Measured(noise_level=noise_level, rho=rho, residual=residual, trend=trend)
-
-
-def _time(noise_level: float) -> float:
-    """The clock by which residuals move about evenly: fast while first outlines appear, slowly at the end."""
-    return log(max(1 - noise_level, EARLIEST))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from math import isfinite
+from math import isfinite, log
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +15,13 @@ Level = Annotated[float, Field(ge=0, le=1)]
 
 TOLERANCE = 1e-6
 """Levels this near count as equal: hosts compute them in float32, plans hold them in decimal."""
+LEAST_SIGNAL = 1e-3
+"""Pure noise has none, whose logarithm is no number."""
+
+
+def log_signal(noise_level: float) -> float:
+    """log(1 - noise level): the clock by which a video takes shape. Fast at first, when outlines appear."""
+    return log(max(1 - noise_level, LEAST_SIGNAL))
 
 
 class Schedule(BaseModel):

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention.plan import Plan
 from ..attention.run import PlanRun
+from ..attention.schedule import log_signal
 from ..pipelines.clock import RunClock
 from ..pipelines.models import row_of
 from ..pipelines.plans import model_shape
@@ -61,7 +62,7 @@ def middle_steps(noise_levels: Sequence[float], sparse: Sequence[int], count: in
     """
     if not sparse:
         return []
-    signal = np.log([max(1 - level, 1e-3) for level in (*noise_levels, 0.0)])
+    signal = [log_signal(level) for level in (*noise_levels, 0.0)]
     way = np.cumsum([0.0, *(max(signal[step + 1] - signal[step], 1e-9) for step in sparse)])
     count = min(count, len(sparse))
     places = np.searchsorted(way, (np.arange(count) + 0.5) / count * way[-1]) - 1
