@@ -19,7 +19,7 @@ from ziggurat.pipelines.record import figures
 PROMPT = "a large red circle moving left on a gray background"
 OUT = Path(__file__).parents[1] / "docs" / "pictures"
 FRAMES, GAP = 6, 4
-LAYER, HEAD = 4, 0
+LAYER, HEAD = 1, 1
 
 
 def strip(rows: list[np.ndarray]) -> Image.Image:

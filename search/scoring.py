@@ -25,8 +25,9 @@ from .entry import Call, Entry, entries_of
 from .findings import Candidate
 from .sensitivity import middle_steps
 
-ROWS = 1024
-"""Queries of a call that errors are measured on; of longer sequences a sample of their tiles."""
+ROWS = 512
+"""Queries of a call that errors are measured on; of longer sequences a sample of their tiles. Twice as many found a plan
+of `shapes` that was foretold 2 % less error."""
 
 
 class Cancelled(Exception):
