@@ -26,8 +26,8 @@ from .findings import Candidate
 from .sensitivity import middle_steps
 
 ROWS = 512
-"""Queries of a call that errors are measured on; of longer sequences a sample of their tiles. Twice as many found a plan
-of `shapes` that was foretold 2 % less error."""
+"""Queries of a call that errors are measured on; of longer sequences a sample of their tiles. What a search finds for
+`shapes` with twice as many is foretold 2 % less error."""
 
 
 class Cancelled(Exception):
