@@ -20,7 +20,7 @@ from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
 from ziggurat.attention.plan import Correction, Plan
-from ziggurat.attention.schedule import Schedule, log_signal
+from ziggurat.attention.schedule import log_signal
 from ziggurat.pipelines import load
 from ziggurat.pipelines.fidelity import psnr
 from ziggurat.pipelines.generate import generate
@@ -28,10 +28,11 @@ from ziggurat.pipelines.plans import all_block_plan, model_shape, resolve_plan
 from ziggurat.pipelines.record import surroundings
 from ziggurat.pipelines.shapes.judge import check
 from ziggurat.pipelines.shapes.scenes import held_out_scenes
+from ziggurat.search.run import CORRECTED
 
 STEPS = 16
 SEEDS = (66, 78, 148, 198)
-SHIPPED = (0.99, 0.975, 0.957, 0.86, 0.45)
+SHIPPED = CORRECTED.refresh_at
 WAYS: tuple[tuple[Correction, tuple[float, ...]], ...] = (
     # At these levels and at the first step: 0 to 3, 7 and 13.
     ("trend", SHIPPED),
@@ -124,7 +125,7 @@ def follow(pipe: Any, seed: int) -> dict[str, dict[str, list[float]]]:
     calls = len(left) // layers // STEPS
     levels = [float(timestep) / pipe.scheduler.config.num_train_timesteps for timestep in pipe.scheduler.timesteps]
     clock = [log_signal(level) for level in levels]
-    actions = Schedule(refresh_at=SHIPPED).steps(levels)
+    actions = CORRECTED.steps(levels)
     exact = [step for step, action in enumerate(actions) if action != "reuse"]
     found: dict[str, dict[str, list[float]]] = {}
     for layer in range(layers):

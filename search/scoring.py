@@ -278,15 +278,14 @@ def score(
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
         out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
-        if entry.candidate.correction != "none":
-            if before is None:
-                out = dense
-            else:
-                kind = entry.candidate.correction
-                first = None
-                if kind == "trend" and earlier is not None:
-                    first = _measured(earlier, entry, earlier.select(entry), places)
-                out = _measured(before, entry, blocks, places, first).apply(out, sample.noise_level)
+        kind = entry.candidate.correction
+        if kind != "none" and before is None:
+            out = dense
+        elif kind != "none" and before is not None:
+            first = None
+            if kind == "trend" and earlier is not None:
+                first = _measured(earlier, entry, earlier.select(entry), places)
+            out = _measured(before, entry, blocks, places, first).apply(out, sample.noise_level)
         off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:
