@@ -18,6 +18,19 @@ from ..pipelines.plans import model_shape, transformers_of
 from ..pipelines.routing import TransformerRun, attached
 
 
+class Seen(Exception):
+    """What a run was made for is seen: the rest of it would be for nothing."""
+
+
+def until_seen(pipe: Any, **arguments: Any) -> None:
+    """Run a pipeline to its end, or until its hooks have `Seen` enough; offloaded models are freed either way."""
+    try:
+        pipe(**arguments)
+    except Seen:
+        if free := getattr(pipe, "maybe_free_model_hooks", None):
+            free()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """One attention call: query, key, value [B, H, N, D], and where it was made."""

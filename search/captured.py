@@ -19,9 +19,11 @@ from ..pipelines.plans import ModelShape, all_block_plan, transformers_of
 from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
+from .capture import until_seen
 from .cost import own_is_faster
 from .findings import Candidate
-from .scoring import Journal, Score, ScoringRun
+from .journal import Journal, Score
+from .scoring import ScoringRun
 from .sensitivity import Forward, kept_forwards, middle_steps
 
 JOURNAL = "scores.jsonl"
@@ -126,6 +128,7 @@ def capture_scores(
         return middle_steps(run.noise_levels or (), run.sparse, forwards)
 
     guidance: float | None = None
+    calls = 0
     kept: list[Forward] = []
     try:
         with kept_forwards(transformer, kept_steps, lambda: clock.step) as found:
@@ -138,16 +141,17 @@ def capture_scores(
                 request, _ = complete(pipe, asked, given, compare=False)
                 guidance = request.guidance
                 generator = torch.Generator("cpu").manual_seed(seed + number)
-                pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
+                # The first tells of all steps; sensitivities are measured on its forwards.
+                run.whole = number == 0
+                until_seen(pipe, **call_arguments(pipe, request), generator=generator, output_type="latent")
                 total = len(prompts) * max(len(run.wanted), 1) * max(len(run.branches), 1) * shape.layers
                 if number == 0:
                     # One prompt's forwards tell enough, and more would only be held.
-                    kept = list(found)
+                    kept, calls = list(found), run.status()[0].calls
     finally:
         hooks.remove()
         clock.release()
     levels = run.noise_levels or ()
-    status = run.status()[0]
     scores = list(journal.scores.values())
     grid = run.grid
     if not scores or grid is None or not levels:
@@ -155,7 +159,7 @@ def capture_scores(
     if len(grid.visual) != 1:
         raise ValueError(f"a search takes sequences of one video or image, this one has {len(grid.visual)}")
     own = [(step, level) for step, level in enumerate(levels) if run.takes_part(level)]
-    per_step = round(status.calls / len(own))
+    per_step = round(calls / len(own))
     dense = sum(schedule.is_dense(level, step) for step, level in own)
     refreshes = {schedule.epoch(levels[step]) for step in run.sparse}
     texts = sum(segment.tokens for segment in grid.segments if segment.kind == "text")
@@ -165,7 +169,7 @@ def capture_scores(
         dtype=run.dtype or weights.dtype,
         noise_levels=tuple(levels),
         measured=tuple(run.wanted),
-        calls=status.calls,
+        calls=calls,
         dense_calls=per_step * dense,
         branches=per_step,
         refreshes=len(refreshes),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,13 @@ from ..pipelines.models import row_of
 from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
 from ..pipelines.settings import model_settings
-from .capture import Sample
+from .capture import Sample, Seen, until_seen
 from .entry import Call, entries_of
 from .findings import Candidate, Findings
 from .report import write_report
 
 Maps = dict[str, tuple[Tensor, Tensor]]
 """Title: softmax mass [query tiles, key blocks] of a head, and bool of that shape, which of them its list reads."""
-
-
-class _Seen(Exception):
-    """All maps are there: the rest of the run would be for nothing."""
 
 
 class MapsRun(PlanRun):
@@ -59,7 +54,7 @@ class MapsRun(PlanRun):
                 with torch.no_grad():
                     self.maps[title] = map_of(sample, candidate)
                 if len(self.maps) == sum(map(len, self.wanted.values())):
-                    raise _Seen
+                    raise Seen
         return super().attend_layer(query, key, value, **call)
 
 
@@ -87,8 +82,7 @@ def look(
         asked = Request(prompt=found.prompts[0], seed=found.seed, **settings)
         request, _ = complete(pipe, asked, model_settings(pipe), compare=False)
         generator = torch.Generator("cpu").manual_seed(found.seed)
-        with suppress(_Seen):
-            pipe(**call_arguments(pipe, request), generator=generator, output_type="latent")
+        until_seen(pipe, **call_arguments(pipe, request), generator=generator, output_type="latent")
     finally:
         hooks.remove()
         clock.release()

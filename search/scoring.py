@@ -1,11 +1,9 @@
-"""Every candidate held against dense attention, inside the calls of a dense run, so that one call is held at a time."""
+"""Every candidate held against dense attention, inside the calls of a dense run, so that few calls are ever held."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from ..attention.schedule import Schedule
 from ..kernels.attend import attend
 from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList, moved
-from .capture import Sample
+from .capture import Sample, Seen
 from .entry import Call, Entry, entries_of
 from .findings import Candidate
+from .journal import Journal, Score
 from .sensitivity import middle_steps
 
 ROWS = 512
@@ -34,58 +33,32 @@ class Cancelled(Exception):
     """The search was asked to stop; what is finished is kept."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One layer's call, every candidate: lists [heads][candidates] of relative error, recall and list density.
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What steps read of earlier ones, made once for all that read it.
 
-    norms: of each head's dense output.
+    lists: of the entries, None for static ones. before: the call, of the same queries, that corrections are measured
+    in; earlier: that of the measurement before it, which trends are taken from.
     """
 
-    prompt: int
-    step: int
-    branch: str
-    layer: int
-    noise_level: float
-    rows: int
-    norms: list[float]
-    errors: list[list[float]]
-    recalls: list[list[float]]
-    densities: list[list[float]]
+    lists: Sequence[BlockList | BitList | None]
+    before: Call | None = None
+    earlier: Call | None = None
+    _measured: dict[int, Measured] = field(default_factory=dict)
 
-    @property
-    def place(self) -> tuple[int, int, str, int]:
-        return self.prompt, self.step, self.branch, self.layer
+    def blocks(self, number: int, device: torch.device) -> BlockList | None:
+        """An entry's list, None where it is static."""
+        return None if (found := self.lists[number]) is None else as_list(moved(found, device))
 
-
-class Journal:
-    """Finished scores, a line each, appended as they come; a torn last line of an interrupted search is dropped."""
-
-    def __init__(self, path: Path, header: dict[str, Any]):
-        self.path = path
-        text = json.dumps(header, sort_keys=True)
-        self.scores: dict[tuple[int, int, str, int], Score] = {}
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            if not lines or lines[0].strip() != text:
-                raise ValueError(
-                    f"{path} is of another search (its model, prompts, candidates or steps differ): "
-                    "give a new folder, or search without resume"
-                )
-            whole = [line for line in lines if line.endswith("\n")]
-            for line in whole[1:]:
-                score = Score(**json.loads(line))
-                self.scores[score.place] = score
-            if len(whole) < len(lines):
-                part = path.with_name(f".{path.name}.part")
-                part.write_text("".join(whole))
-                part.replace(path)
-        else:
-            path.write_text(text + "\n")
-
-    def add(self, score: Score) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(score.__dict__) + "\n")
-        self.scores[score.place] = score
+    def measured(self, number: int, entry: Entry, blocks: BlockList, places: Tensor) -> Measured:
+        """What makes up for what an entry's list leaves out, for the queries at `places`."""
+        assert self.before is not None
+        if number not in self._measured:
+            first = None
+            if entry.candidate.correction == "trend" and self.earlier is not None:
+                first = _measure(self.earlier, entry, self.earlier.select(entry), places)
+            self._measured[number] = _measure(self.before, entry, blocks, places, first)
+        return self._measured[number]
 
 
 class ScoringRun(PlanRun):
@@ -93,11 +66,13 @@ class ScoringRun(PlanRun):
 
     Dynamic lists are those that a run by the plan would read at that step: built at the step that builds them; so are
     corrections, for which the calls of that step are held, and of the measurement before it where a trend is followed.
-    Steps at which corrections are measured are exact, and are scored only where there are no others.
+    Steps that share them are scored together, at the last. Steps at which corrections are measured are exact, and are
+    scored only where there are no others.
 
     schedule: of the plan that is searched for; count: at how many of its sparse steps, those of `middle_steps`.
     takes_part: whether the transformer runs at a noise level, where experts share a run. rows: see `Call`.
-    report: called after each scored call. cancelled: asked before each.
+    report: called after each scored call. cancelled: asked before each. whole: to be set between runs; one that is not
+    whole ends with `Seen` after the last step to score.
     """
 
     def __init__(
@@ -120,6 +95,8 @@ class ScoringRun(PlanRun):
         self.wanted: list[int] = []
         self.builds: dict[int, int] = {}
         self.earlier: dict[int, int] = {}
+        self.due: dict[int, int] = {}
+        self.whole = True
         self.branches: list[str] = []
         self.grid: TokenGrid | None = None
         self.dtype: torch.dtype | None = None
@@ -128,7 +105,7 @@ class ScoringRun(PlanRun):
         self._built: dict[tuple[str, int], list[BlockList | BitList | None]] = {}
         self.corrected = any(candidate.correction != "none" for candidate in candidates)
         self.trends = any(candidate.correction == "trend" for candidate in candidates)
-        # The calls of each branch and layer that corrections are measured in, by step: the last two at most.
+        # Of each branch and layer, by step, the calls that scores to come read.
         self._held: dict[tuple[str, int], dict[int, Sample]] = {}
         super().__init__(plan)
 
@@ -152,27 +129,35 @@ class ScoringRun(PlanRun):
             # The measurement before each: trends are taken from it.
             firsts = sorted(set(builds.values()))
             self.earlier = dict(zip(firsts[1:], firsts, strict=False)) if self.trends else {}
+            # When each is scored: corrections are measured once for all steps that share them.
+            last = {build: step for step, build in self.builds.items()}
+            self.due = {
+                step: last[build] if self.corrected and build != step else step for step, build in self.builds.items()
+            }
         self._built.clear()
         self._held.clear()
 
     def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
-        place = (self.prompt, call["step"], str(call["branch"]), call["layer"])
-        now, grid = call["step"], call["grid"]
+        place, grid = (str(call["branch"]), call["layer"]), call["grid"]
+        now: int = call["step"]
+        if not self.whole and self.wanted and now > self.wanted[-1]:
+            raise Seen
         if grid is not None:
             self.grid, self.dtype = grid, query.dtype
-        if place[2] not in self.branches:
-            self.branches.append(place[2])
-        waiting = [step for step in self.wanted if (place[0], step, *place[2:]) not in self.journal.scores]
-        measured = now in waiting
-        # Whether steps to come read lists that this one builds, or what it measures.
-        builds = any(self.builds[step] == now < step for step in waiting)
-        holds = builds or any(self.earlier.get(self.builds[step]) == now for step in waiting)
-        if grid is not None and (measured or holds):
+        if place[0] not in self.branches:
+            self.branches.append(place[0])
+        waiting = [step for step in self.wanted if (self.prompt, step, *place) not in self.journal.scores]
+        due = [step for step in waiting if self.due[step] == now]
+        later = [step for step in waiting if self.due[step] > now]
+        # Whether scores to come read lists that this call builds, or the call itself.
+        builds = any(self.builds[step] == now for step in later)
+        holds = self.corrected and any(now in self._read_at(step) for step in later)
+        if grid is not None and (due or builds or holds):
             if self.cancelled():
                 raise Cancelled
             if not bool(torch.isfinite(query.sum() + key.sum() + value.sum())):
                 raise ValueError(
-                    f"layer {call['layer']} was given NaN or infinity at step {call['step']} of prompt {self.prompt}: "
+                    f"layer {call['layer']} was given NaN or infinity at step {now} of prompt {self.prompt}: "
                     "capture in another dtype (float32 or bfloat16), or check the model's weights"
                 )
             sample = Sample(
@@ -180,52 +165,62 @@ class ScoringRun(PlanRun):
                 query=query,
                 key=key,
                 value=value,
-                grid=call["grid"],
+                grid=grid,
                 layer=call["layer"],
-                step=call["step"],
+                step=now,
                 noise_level=call["noise_level"],
-                branch=place[2],
+                branch=place[0],
             )
-            if sample.grid not in self._entries:
-                self._entries[sample.grid] = entries_of(self.candidates, sample.grid, query.device)
-            entries = self._entries[sample.grid]
+            if grid not in self._entries:
+                self._entries[grid] = entries_of(self.candidates, grid, query.device)
+            entries = self._entries[grid]
             with torch.no_grad():
-                if holds and self.corrected:
-                    held = self._held.get(place[2:], {})
-                    kept = {step: one for step, one in held.items() if step == self.earlier.get(now)}
-                    self._held[place[2:]] = {**kept, now: sample.to("cpu")}
-                looked = self._call(sample, call, now)
+                looked = self._call(sample, call, self.builds.get(now, now))
                 if builds:
-                    self._built[place[2:]] = [_kept(looked, entry) for entry in entries]
-                if measured:
-                    lists, before, earlier = None, None, None
-                    build = self.builds[now]
-                    if build != now:
-                        lists = self._built[place[2:]]
-                        if self.corrected:
-                            held = self._held[place[2:]]
-                            before = self._call(held[build].to(query.device), call, now)
-                            if build in self.earlier:
-                                earlier = self._call(held[self.earlier[build]].to(query.device), call, now)
-                    found = score(looked, entries, lists, before, earlier)
-                    self.journal.add(
-                        Score(
-                            prompt=self.prompt,
-                            step=sample.step,
-                            branch=sample.branch,
-                            layer=sample.layer,
-                            noise_level=sample.noise_level,
-                            **found,
-                        )
-                    )
-                    self.report()
+                    self._built[place] = [_kept(looked, entry) for entry in entries]
+                if due:
+                    self._score(due, looked, entries, call)
+                held = {**self._held.get(place, {}), **({now: sample.to("cpu")} if holds else {})}
+                wanted = {read for step in later for read in self._read_at(step)}
+                self._held[place] = {step: one for step, one in held.items() if step in wanted}
         return super().attend_layer(query, key, value, **call)
 
-    def _call(self, sample: Sample, given: dict[str, Any], step: int) -> Call:
-        """The call as `step` looks at it: those of a layer take turns, the same whenever they are made, and steps that
-        read one build's lists look at the same queries."""
+    def _read_at(self, step: int) -> set[int]:
+        """The steps whose calls a corrected score reads."""
+        build = self.builds[step]
+        return {step, build, self.earlier.get(build, build)}
+
+    def _score(self, due: Sequence[int], looked: Call, entries: Sequence[Entry], given: dict[str, Any]) -> None:
+        """Score the calls of some steps that share what they read, the last of which is the one looked at."""
+        now = looked.sample
+        place, device = (now.branch, now.layer), now.query.device
+        held, build = self._held.get(place, {}), self.builds[due[0]]
+
+        def call_at(step: int) -> Call | None:
+            return self._call(held[step].to(device), given, build) if step in held else None
+
+        built = None
+        if build != due[0]:
+            earlier = self.earlier.get(build)
+            built = Built(self._built[place], call_at(build), None if earlier is None else call_at(earlier))
+        for step in due:
+            call = call_at(step) or looked
+            self.journal.add(
+                Score(
+                    prompt=self.prompt,
+                    step=step,
+                    branch=now.branch,
+                    layer=now.layer,
+                    noise_level=call.sample.noise_level,
+                    **score(call, entries, built),
+                )
+            )
+            self.report()
+
+    def _call(self, sample: Sample, given: dict[str, Any], build: int) -> Call:
+        """The call as what reads a step's build looks at it: always at the same queries, and the calls of a layer that
+        read different builds take turns."""
         builds = sorted(set(self.builds.values()))
-        build = self.builds.get(step, step)
         # A measurement that trends are taken from alone is looked at by the steps that follow them.
         own = (builds.index(build) if build in builds else 0) * 2 + self.branches.index(sample.branch)
         return Call(
@@ -245,18 +240,11 @@ def _kept(call: Call, entry: Entry) -> BlockList | BitList | None:
     return moved(smaller(call.select(entry), call.pyramid(entry)), "cpu")
 
 
-def score(
-    call: Call,
-    entries: Sequence[Entry],
-    lists: Sequence[BlockList | BitList | None] | None = None,
-    before: Call | None = None,
-    earlier: Call | None = None,
-) -> dict[str, Any]:
+def score(call: Call, entries: Sequence[Entry], built: Built | None = None) -> dict[str, Any]:
     """The parts of a `Score` that a call's tensors tell, each as lists [heads][candidates].
 
-    lists: of the entries, built at an earlier step; None = each dynamic one is built from this call. before: the same
-    queries at the step that corrections are measured at; None = at this one, which is exact. earlier: the same at the
-    measurement before that, which trends are taken from. Errors are the worst of a batch's items. Those that read
+    built: at an earlier step, what the entries read of it; None = each dynamic list is built from this call, at which
+    corrections are measured too: those are exact here. Errors are the worst of a batch's items. Those that read
     everything are what errors are held against: theirs is 0.
     """
     sample = call.sample
@@ -273,19 +261,13 @@ def score(
             places = held[held >= 0].long()
             exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
         places, dense = exact[entry.queries]
-        built = lists[number] if lists else None
-        blocks = as_list(moved(built, sample.query.device)) if built is not None else call.select(entry)
+        older = built.blocks(number, sample.query.device) if built else None
+        blocks = older or call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
         out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
-        kind = entry.candidate.correction
-        if kind != "none" and before is None:
-            out = dense
-        elif kind != "none" and before is not None:
-            first = None
-            if kind == "trend" and earlier is not None:
-                first = _measured(earlier, entry, earlier.select(entry), places)
-            out = _measured(before, entry, blocks, places, first).apply(out, sample.noise_level)
+        if entry.candidate.correction != "none":
+            out = built.measured(number, entry, blocks, places).apply(out, sample.noise_level) if built else dense
         off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
     if not exact:
@@ -295,7 +277,7 @@ def score(
     return {"rows": len(places), "norms": dense.square().sum((0, 2, 3)).sqrt().tolist(), **turned}
 
 
-def _measured(call: Call, entry: Entry, blocks: BlockList, places: Tensor, before: Measured | None = None) -> Measured:
+def _measure(call: Call, entry: Entry, blocks: BlockList, places: Tensor, before: Measured | None = None) -> Measured:
     """What `attention.correct.measure` finds of an entry's list at an earlier call, for some queries."""
     out, lse = attend(call.sample.query, call.pyramid(entry), blocks, scale=call.scale)
     parts = (part[:, :, places] for part in (out, lse, *call.dense(entry)))

@@ -10,7 +10,7 @@ from ..attention.tell import STOCK
 from .choose import Choice, Problem, choose, total
 from .cost import Cost
 from .findings import Findings, Point
-from .scoring import Score
+from .journal import Score
 
 FOLDS = 4
 POINTS = 14

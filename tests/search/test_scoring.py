@@ -28,6 +28,7 @@ from ziggurat.search.capture import Sample
 from ziggurat.search.choose import Problem, choose
 from ziggurat.search.entry import Call, entries_of
 from ziggurat.search.findings import Candidate
+from ziggurat.search.journal import Journal
 from ziggurat.search.scoring import score
 
 FRAME = Candidate(selector=Window(frames=1), rest="pooled", tile=32, block=16)
@@ -146,26 +147,32 @@ def test_scores_are_those_of_attention_itself():
 
 
 @pytest.mark.parametrize(
-    ("correction", "scored"), [("none", [1, 2, 3, 4]), ("rho", [2, 4]), ("residual", [2, 4]), ("trend", [2, 4])]
+    ("correction", "scored"),
+    [("none", [1, 2, 3, 4, 5]), ("rho", [2, 4, 5]), ("residual", [2, 4, 5]), ("trend", [2, 4, 5])],
 )
 def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
-    tmp_path: Path, correction: Any, scored: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, correction: Any, scored: list[int]
 ):
     """A score at a step is the error of the plan's own run, whose lists and corrections an earlier step may have made:
     where corrections are measured there is none."""
-    grid, levels = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2]
+    grid, levels = TokenGrid.video(3, 7, 5), [0.99, 0.9, 0.7, 0.4, 0.2, 0.1]
     schedule = Schedule(dense_until=0.95, refresh_at=(0.5,))
     # Without corrections a precise list of a later epoch is built from an older lse, which scores do not follow.
     more = [LogLinear(keep=1), *([PRECISE] if correction != "none" else [])]
     kinds = [TOPK, FRAME, *(Candidate(selector=one, tile=32, block=16) for one in more)]
     tried = with_dense([one.model_copy(update={"correction": correction}) for one in kinds])
     samples = [random_sample(grid, seed) for seed in range(len(levels))]
+    measured: list[str] = []
+    original = scoring.measure
+    monkeypatch.setattr(
+        scoring, "measure", lambda kind, *given, **more: (measured.append(kind), original(kind, *given, **more))[1]
+    )
     run = scoring.ScoringRun(
         Plan.dense(model_class="X", config_hash="0", layers=1, heads=2, head_dim=16, grid=(1, 1, 1)),
         tried,
-        scoring.Journal(tmp_path / "scores", {}),
+        Journal(tmp_path / "scores", {}),
         schedule=schedule,
-        count=4,
+        count=5,
         rows=None,
         takes_part=lambda level: True,
         report=lambda: None,
@@ -183,7 +190,7 @@ def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
     for each in (run, *own):
         each.begin(levels)
     assert run.wanted == scored
-    assert run.builds == {step: {1: 1, 2: 1, 3: 3, 4: 3}[step] for step in scored}
+    assert run.builds == {step: {1: 1, 2: 1, 3: 3, 4: 3, 5: 3}[step] for step in scored}
     wanted: dict[int, list[list[float]]] = {}
     for step, (level, sample) in enumerate(zip(levels, samples, strict=True)):
         qkv = sample.query, sample.key, sample.value
@@ -198,6 +205,8 @@ def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
             assert all(torch.allclose(out, exact, atol=1e-5) for out in outputs if out is not None)
     found = {score.step: score.errors for score in run.journal.scores.values()}
     assert found.keys() == wanted.keys()
+    # Once for each of four lists at either build, and for trends once more at the first; never for a step alone.
+    assert measured == [correction] * {"none": 0, "rho": 8, "residual": 8, "trend": 12}[correction]
     for step in wanted:
         assert np.allclose(found[step], wanted[step], atol=1e-5), step
     if correction != "none":

@@ -132,6 +132,20 @@ def test_what_is_scored_is_what_attention_received(wan, tmp_path: Path, monkeypa
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one[3:], given, strict=True))
 
 
+def test_runs_but_the_first_end_with_the_last_step_that_is_scored(wan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forwards: list[int] = []
+    freed: list[int] = []
+    original = wan.maybe_free_model_hooks
+    monkeypatch.setattr(wan, "maybe_free_model_hooks", lambda: (freed.append(len(forwards)), original()))
+    monkeypatch.setattr(searching, "sensitivities", lambda *_: (_ for _ in ()).throw(Cancelled))
+    counted = wan.transformer.register_forward_hook(lambda *_: forwards.append(0))
+    with pytest.raises(Cancelled):
+        run(wan, tmp_path / "short")
+    counted.remove()
+    # Three steps of two branches, of which the first two are scored; either way the models are freed.
+    assert freed == [6, 6 + 4]
+
+
 def test_whoever_runs_the_dense_steps_scores_are_the_same(wan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     errors = []
     for own in (False, True):
