@@ -1,10 +1,10 @@
-"""The shipped plan against stock diffusers: `python benchmarks/default_plan.py [plan.json] [folder] [out.json]`.
+"""The shipped plan against stock diffusers: `python benchmarks/default_plan.py [plan.json] [folder] [out.json] [dtypes]`.
 
 Whole pipelines, text encoder and decoder included, in runs that take turns: the plan, our own kernel with all blocks,
 stock attention (SDPA), all in one dtype; bf16 and fp32, 30 steps, at 33x128x128 and at 65x192x192, which the plan was
 never made for and where stock attention takes many minutes. Then PSNR against dense over held-out captions. Every run
-leaves a file in `folder` (runs/default_plan) and is not made again: interrupt it whenever you like. On a machine that
-does nothing else.
+leaves a file in `folder` (runs/default_plan) and is not made again: interrupt it whenever you like. `dtypes`: bf16,fp32
+by default, fp32 alone for chips without bf16 products. On a machine that does nothing else.
 """
 
 import json
@@ -25,22 +25,21 @@ from ziggurat.pipelines.record import surroundings
 from ziggurat.search.prompts import default_prompts
 
 SIZES = ((33, 128, 128), (65, 192, 192))
-DTYPES = ("bf16", "fp32")
 STEPS = 30
 ROUNDS = {SIZES[0]: 3, SIZES[1]: 1}
 CAPTIONS = {SIZES[0]: 20, SIZES[1]: 1}
-"""Captions that PSNR is measured on, in bf16, beside the timed ones."""
+"""Captions that PSNR is measured on, in the first dtype, beside the timed ones."""
 COLUMNS = ("plan", "all_blocks", "stock")
 
 
-def main(path: Path | None, folder: Path, out: Path) -> None:
+def main(path: Path | None, folder: Path, out: Path, dtypes: list[str]) -> None:
     """Make the runs that are not there yet, and write what all of them say, after each kind of run anew."""
     folder.mkdir(parents=True, exist_ok=True)
     # Captions that neither training nor a search is given.
     _, prompts = default_prompts("shapes")
     rows: dict[tuple[Any, str], dict[str, Any]] = {}
-    kinds = [(size, dtype, ROUNDS[size]) for size in SIZES for dtype in DTYPES]
-    kinds += [(size, DTYPES[0], CAPTIONS[size]) for size in SIZES if CAPTIONS[size] > ROUNDS[size]]
+    kinds = [(size, dtype, ROUNDS[size]) for size in SIZES for dtype in dtypes]
+    kinds += [(size, dtypes[0], CAPTIONS[size]) for size in SIZES if CAPTIONS[size] > ROUNDS[size]]
     for size, dtype, captions in kinds:
         pipe: Any = load("shapes", dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
@@ -122,4 +121,5 @@ if __name__ == "__main__":
         None if path == "auto" else Path(path),
         Path(given.get(2, "runs/default_plan")),
         Path(given.get(3, "benchmarks/default_plan.json")),
+        given.get(4, "bf16,fp32").split(","),
     )
