@@ -1,4 +1,4 @@
-"""The shipped plan against stock diffusers: `python benchmarks/default_plan.py [plan.json] [folder] [out.json] [dtypes]`.
+"""The shipped plan against stock diffusers: `python benchmarks/default_plan.py [plan] [folder] [out.json] [dtypes]`.
 
 Whole pipelines, text encoder and decoder included, in runs that take turns: the plan, our own kernel with all blocks,
 stock attention (SDPA), all in one dtype; bf16 and fp32, 30 steps, at 33x128x128 and at 65x192x192, which the plan was
