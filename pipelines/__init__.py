@@ -6,15 +6,17 @@ if TYPE_CHECKING:
     from .batch.run import generate_many
     from .handle import Handle, attach
     from .loading import load
+    from .memory import keep_freed_memory
     from .plans import find_plan
 
-__all__ = ["Handle", "attach", "find_plan", "generate_many", "load"]
+__all__ = ["Handle", "attach", "find_plan", "generate_many", "keep_freed_memory", "load"]
 
 _HOMES = {
     "Handle": ".handle",
     "attach": ".handle",
     "find_plan": ".plans",
     "generate_many": ".batch.run",
+    "keep_freed_memory": ".memory",
     "load": ".loading",
 }
 

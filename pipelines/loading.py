@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.chip import has_amx, has_bfloat16
 from .convolutions import through_onednn
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -109,7 +110,8 @@ def load(
     `model` is an embedded model's name, a local folder, or a Hub id. `dtype` None or "auto" is the fastest of this
     device (`fastest_dtype` says why), else a torch dtype, its name, or a dict by component. `offload` is diffusers'
     "model", "sequential" or "group" offload to `device`, for when the weights do not fit. Other arguments go to
-    `DiffusionPipeline.from_pretrained`. Raises ValueError for a model that does not exist or is not safetensors.
+    `DiffusionPipeline.from_pretrained`. Of what runs on a CPU the process keeps the memory that it frees
+    (`keep_freed_memory`). Raises ValueError for a model that does not exist or is not safetensors.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -158,6 +160,8 @@ def load(
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
     else:
         pipe.to(device)
+    if offload is None and torch.device(device).type == "cpu":
+        keep_freed_memory()
     return pipe
 
 
