@@ -6,10 +6,9 @@ import ctypes
 import os
 import platform
 
-# Of glibc's malloc.h: how much is left free at the heap's end, how many blocks are mapped by themselves, how many heaps
-# threads share.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_SETTINGS = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0, _ARENA_MAX: 1}
+# Of glibc's malloc.h: how much is left free at the heap's end, and how many blocks are mapped by themselves.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_SETTINGS = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 
 
 def keep_freed_memory() -> bool:
