@@ -1,4 +1,6 @@
 // Attention over a block list on a CPU with AVX2 or AVX-512, as one pass: no scores in memory, no gathered copies of K and V.
+#include <type_traits>
+
 #include "native.h"
 
 namespace {
@@ -21,7 +23,9 @@ struct Worker {
     using Element = typename Kind::Element;
     const Call& call;
     const int64_t D = call.padded_dim, size = D * LANES, stride = UNITS * LANES;
-    // Scratch: queries [ROWS, D], scores and their exponentials [ROWS, stride], outputs [ROWS, D], sums [ROWS, LANES].
+    // A tile's rows, and room for those of the last group that are none.
+    static constexpr int64_t ROOM = ROWS + (ROWS % TALL ? LANES : 0);
+    // Scratch: queries [ROOM, D], scores and their exponentials [ROOM, stride], outputs [ROOM, D], sums [ROOM, LANES].
     float* out;
     float* sums;
     float* logits;
@@ -41,25 +45,26 @@ struct Worker {
 
     Worker(const Call& c, char* scratch) : call(c) {
         out = reinterpret_cast<float*>(scratch);
-        sums = out + ROWS * D;
-        logits = sums + ROWS * LANES;
-        most = logits + ROWS * stride;
-        query = reinterpret_cast<Element*>(most + ROWS);
-        power = query + ROWS * D;
-        patched = power + ROWS * stride;
+        sums = out + ROOM * D;
+        logits = sums + ROOM * LANES;
+        most = logits + ROOM * stride;
+        query = reinterpret_cast<Element*>(most + ROOM);
+        power = query + ROOM * D;
+        patched = power + ROOM * stride;
     }
 
     // Scratch of one worker, a multiple of a cache line.
     static int64_t bytes(int64_t D) {
         const int64_t stride = UNITS * LANES;
-        return sizeof(float) * ROWS * (D + LANES + stride + 1) + sizeof(Element) * (ROWS * (D + stride) + UNITS * LANES * D);
+        return sizeof(float) * ROOM * (D + LANES + stride + 1) + sizeof(Element) * (ROOM * (D + stride) + UNITS * LANES * D);
     }
 
     void run(int64_t entry, int64_t head, int64_t tile, int64_t first) {
         const int32_t* map = call.query_rows + head * call.query_rows_stride + tile * call.tile + first;
         const int64_t held = std::min(ROWS, call.tile - first);
         const int64_t list = entry * call.list_stride[0] + head * call.list_stride[1] + tile, whole = entry * call.heads + head;
-        rows = (held + GROUP - 1) / GROUP * GROUP;
+        const int64_t rest = held % TALL;
+        rows = held - rest + (rest == 0 ? 0 : rest <= GROUP ? GROUP : TALL);
         std::memset(query, 0, rows * D * sizeof(Element));
         std::memset(out, 0, rows * D * sizeof(float));
         std::memset(sums, 0, rows * LANES * sizeof(float));
@@ -119,27 +124,38 @@ struct Worker {
         }
         int64_t d = 0;
         for (; d + WIDE * LANES <= D; d += WIDE * LANES)
-            for (int64_t row = 0; row < rows; row += GROUP) weigh<WIDE>(row, d);
-        for (; d < D; d += LANES)
-            for (int64_t row = 0; row < rows; row += GROUP) weigh<1>(row, d);
+            by_groups([&](auto R, int64_t row) { weigh<WIDE, R>(row, d); });
+        if constexpr (WIDE > 1)
+            for (; d < D; d += LANES)
+                by_groups([&](auto R, int64_t row) { weigh<1, R>(row, d); });
         units = 0;
+    }
+
+    // All rows, as many at a time as registers hold, and what is left.
+    template <class Run>
+    void by_groups(Run run) {
+        int64_t row = 0;
+        for (; row + TALL <= rows; row += TALL) run(std::integral_constant<int, TALL>(), row);
+        if constexpr (GROUP < TALL)
+            if (row < rows) run(std::integral_constant<int, GROUP>(), row);
     }
 
     template <bool Shifted>
     void scores() {
         int64_t unit = 0;
         for (; unit + WIDE <= units; unit += WIDE)
-            for (int64_t row = 0; row < rows; row += GROUP) {
-                fetch(unit, row);
-                score<Shifted, WIDE>(row, unit);
-            }
-        for (; unit < units; ++unit)
-            for (int64_t row = 0; row < rows; row += GROUP) score<Shifted, 1>(row, unit);
+            by_groups([&](auto R, int64_t row) {
+                fetch(unit, row, R);
+                score<Shifted, WIDE, R>(row, unit);
+            });
+        if constexpr (WIDE > 1)
+            for (; unit < units; ++unit)
+                by_groups([&](auto R, int64_t row) { score<Shifted, 1, R>(row, unit); });
     }
 
-    // A part, as large as 8 rows are of the tile, of the keys that are multiplied next and of the values soon after.
-    void fetch(int64_t unit, int64_t row) {
-        const int64_t bytes = WIDE * size * sizeof(Element), first = bytes * row / rows / 64 * 64, last = bytes * (row + GROUP) / rows;
+    // A part, as large as so many rows are of the tile, of the keys that are multiplied next and of the values soon after.
+    void fetch(int64_t unit, int64_t row, int64_t count) {
+        const int64_t bytes = WIDE * size * sizeof(Element), first = bytes * row / rows / 64 * 64, last = bytes * (row + count) / rows;
         for (int64_t at = first; at < last; at += 64) {
             const int64_t here = unit + at / (bytes / WIDE), inside = at % (bytes / WIDE);
             if (here + WIDE < units) _mm_prefetch(reinterpret_cast<const char*>(keys[here + WIDE]) + inside, _MM_HINT_T0);
@@ -147,14 +163,14 @@ struct Worker {
         }
     }
 
-    template <bool Shifted, int U>
+    template <bool Shifted, int U, int R>
     void score(int64_t row, int64_t unit) {
-        Floats sum[GROUP][U];
+        Floats sum[R][U];
         const Element* columns[U];
         for (int u = 0; u < U; ++u) columns[u] = keys[unit + u];
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::spread(0);
-        multiply<Kind, U>(sum, query + row * D, D, columns, D / Kind::step);
+        for (int i = 0; i < R * U; ++i) sum[i / U][i % U] = vec::spread(0);
+        multiply<Kind>(sum, query + row * D, D, columns, D / Kind::step);
         const Floats factor = vec::spread(call.scale * static_cast<float>(M_LOG2E)), nothing = vec::spread(NOTHING);
         // Copies, since any store might change what members point to.
         Floats weight[U];
@@ -164,8 +180,8 @@ struct Worker {
         float* const logits_of = logits;
         Element* const power_of = power;
 #pragma GCC unroll 8
-        for (int r = 0; r < GROUP; ++r) {
-            Floats total = vec::spread(0);
+        for (int r = 0; r < R; ++r) {
+            Floats total = vec::load(total_of + (row + r) * LANES);
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u) {
                 Floats x = vec::multiply_add(sum[r][u], factor, weight[u]);
@@ -174,12 +190,12 @@ struct Worker {
                 if (Shifted) {
                     vec::store(logits_of + at, x);
                 } else {
-                    x = exp2<Kind>(x);
+                    x = exp2_of_safe<Kind>(x);
                     total = vec::add(total, x);
                     Kind::store(power_of + at, x);
                 }
             }
-            if (!Shifted) vec::store(total_of + (row + r) * LANES, vec::add(total, vec::load(total_of + (row + r) * LANES)));
+            if (!Shifted) vec::store(total_of + (row + r) * LANES, total);
         }
     }
 
@@ -199,7 +215,7 @@ struct Worker {
             }
             Floats total = vec::load(sums + row * LANES);
             for (int64_t unit = 0; unit < units; ++unit) {
-                const Floats x = exp2<Kind>(vec::subtract(vec::load(from + unit * LANES), vec::spread(now)));
+                const Floats x = exp2_of_safe<Kind>(vec::subtract(vec::load(from + unit * LANES), vec::spread(now)));
                 total = vec::add(total, x);
                 Kind::store(power + row * stride + unit * LANES, x);
             }
@@ -207,19 +223,19 @@ struct Worker {
         }
     }
 
-    // Add 8 rows' weighted values of 16 U columns to the outputs.
-    template <int U>
+    // Add R rows' weighted values of 16 U columns to the outputs.
+    template <int U, int R>
     void weigh(int64_t row, int64_t d) {
-        Floats sum[GROUP][U];
+        Floats sum[R][U];
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::load(out + (row + i / U) * D + d + i % U * LANES);
+        for (int i = 0; i < R * U; ++i) sum[i / U][i % U] = vec::load(out + (row + i / U) * D + d + i % U * LANES);
         for (int64_t unit = 0; unit < units; ++unit) {
             const Element* columns[U];
             for (int u = 0; u < U; ++u) columns[u] = values[unit] + (d + u * LANES) * LANES;
-            multiply<Kind, U>(sum, power + row * stride + unit * LANES, stride, columns, LANES / Kind::step);
+            multiply<Kind>(sum, power + row * stride + unit * LANES, stride, columns, LANES / Kind::step);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < GROUP * U; ++i) vec::store(out + (row + i / U) * D + d + i % U * LANES, sum[i / U][i % U]);
+        for (int i = 0; i < R * U; ++i) vec::store(out + (row + i / U) * D + d + i % U * LANES, sum[i / U][i % U]);
     }
 
     void finish(int64_t row, int64_t token) {

@@ -68,13 +68,13 @@ struct Single {
     static void store_bits(float* to, Floats x) { vec::store(to, x); }
     // All bits of a step's rows that `shown` names, the first in bit 0, and none of the others'.
     static Floats of_rows(uint32_t shown) { return vec::spread_bits(shown & 1 ? -1 : 0); }
+    // What this leaves, 8e-8, is as much as float32's rounding. Of 0 it is exactly 1.
     static Floats exp2_of_fraction(Floats x) {
-        Floats y = vec::spread(1.53533634e-4f);
-        y = vec::multiply_add(y, x, vec::spread(1.33988750e-3f));
-        y = vec::multiply_add(y, x, vec::spread(9.61843692e-3f));
-        y = vec::multiply_add(y, x, vec::spread(5.55033237e-2f));
-        y = vec::multiply_add(y, x, vec::spread(2.40226477e-1f));
-        y = vec::multiply_add(y, x, vec::spread(6.93147182e-1f));
+        Floats y = vec::spread(1.32746331e-3f);
+        y = vec::multiply_add(y, x, vec::spread(9.67196189e-3f));
+        y = vec::multiply_add(y, x, vec::spread(5.55067845e-2f));
+        y = vec::multiply_add(y, x, vec::spread(2.40222350e-1f));
+        y = vec::multiply_add(y, x, vec::spread(6.93147063e-1f));
         return vec::multiply_add(y, x, vec::spread(1.0f));
     }
 };
@@ -123,24 +123,30 @@ struct Brain {
 };
 #endif
 
+// For an x that is far from overflow.
 template <class Kind>
-Floats exp2(Floats x) {
+Floats exp2_of_safe(Floats x) {
     // The order of operands lets NaN through; below the least power all is 0.
     x = vec::larger(vec::spread(vec::LEAST_POWER), x);
-    const Floats whole = vec::nearest(x);
-    return vec::scale(Kind::exp2_of_fraction(vec::subtract(x, whole)), whole);
+    const Floats whole = vec::split(x);
+    return vec::scale(Kind::exp2_of_fraction(x), whole);
+}
+
+template <class Kind>
+Floats exp2(Floats x) {
+    return exp2_of_safe<Kind>(vec::within_powers(x));
 }
 
 // sum[r][u] += rows[r] · columns[u] over `steps` steps.
-template <class Kind, int U>
-inline void multiply(Floats (&sum)[GROUP][U], const typename Kind::Element* rows, int64_t stride,
+template <class Kind, int U, int R>
+inline void multiply(Floats (&sum)[R][U], const typename Kind::Element* rows, int64_t stride,
                      const typename Kind::Element* (&columns)[U], int64_t steps) {
     for (int64_t s = 0; s < steps; ++s) {
         typename Kind::Register many[U];
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) many[u] = Kind::panel(columns[u] + s * LANES * Kind::step);
 #pragma GCC unroll 8
-        for (int r = 0; r < GROUP; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
             for (int u = 0; u < U; ++u)
                 sum[r][u] = Kind::multiply_add(sum[r][u], rows + r * stride + s * Kind::step, many[u]);

@@ -174,7 +174,7 @@ struct GradWorker {
         const Element* along[U];
         for (int u = 0; u < U; ++u) along[u] = query_along + (panel + u) * size;
         clear<U>(sums);
-        multiply<Kind, U>(sums, keys[unit] + half * D, D, along, D / Kind::step);
+        multiply<Kind>(sums, keys[unit] + half * D, D, along, D / Kind::step);
         const Floats factor = vec::spread(call.scale * static_cast<float>(M_LOG2E));
         Element* to = powers + (unit * LANES + half) * ROWS + panel * LANES;
 #pragma GCC unroll 8
@@ -188,7 +188,7 @@ struct GradWorker {
             }
         for (int u = 0; u < U; ++u) along[u] = grad_along + (panel + u) * size;
         clear<U>(sums);
-        multiply<Kind, U>(sums, values[unit] + half * D, D, along, D / Kind::step);
+        multiply<Kind>(sums, values[unit] + half * D, D, along, D / Kind::step);
         to = changes + (unit * LANES + half) * ROWS + panel * LANES;
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) {
@@ -219,7 +219,7 @@ struct GradWorker {
             for (int64_t panel = 0; panel < panels; ++panel) {
                 const Element* many[U];
                 for (int u = 0; u < U; ++u) many[u] = across + panel * size + u * LANES * LANES;
-                multiply<Kind, U>(sums, from + panel * LANES, ROWS, many, LANES / Kind::step);
+                multiply<Kind>(sums, from + panel * LANES, ROWS, many, LANES / Kind::step);
             }
 #pragma GCC unroll 16
             for (int i = 0; i < GROUP * U; ++i) {
@@ -238,7 +238,7 @@ struct GradWorker {
         for (int64_t unit = 0; unit < units; ++unit) {
             const Element* many[U];
             for (int u = 0; u < U; ++u) many[u] = change_units + (unit * ROWS + (panel + u) * LANES) * LANES;
-            multiply<Kind, U>(sums, columns[unit] + d * LANES, LANES, many, LANES / Kind::step);
+            multiply<Kind>(sums, columns[unit] + d * LANES, LANES, many, LANES / Kind::step);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < GROUP * U; ++i) vec::store(change + (d + i / U) * ROWS + (panel + i % U) * LANES, sums[i / U][i % U]);

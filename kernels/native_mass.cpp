@@ -72,7 +72,7 @@ struct Weigher {
             Floats sum[GROUP][U];
 #pragma GCC unroll 16
             for (int i = 0; i < GROUP * U; ++i) sum[i / U][i % U] = vec::spread(0);
-            multiply<Kind, U>(sum, query + row * D, D, columns, D / Kind::step);
+            multiply<Kind>(sum, query + row * D, D, columns, D / Kind::step);
 #pragma GCC unroll 8
             for (int r = 0; r < GROUP; ++r) {
                 const Floats less = vec::spread(power[row + r]);

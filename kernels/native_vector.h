@@ -14,6 +14,7 @@ using Mask = uint16_t;         // of sixteen lanes, the first in bit 0
 #ifdef __AVX512F__
 
 constexpr int GROUP = 8;  // queries in registers at a time; with two units, 16 sums of 32 registers
+constexpr int TALL = 8;   // the same, of the forward kernel
 constexpr int WIDE = 2;   // units at a time
 using Floats = __m512;
 
@@ -36,10 +37,17 @@ inline Floats select(Mask mask, Floats x, Floats otherwise) { return _mm512_mask
 inline Mask strange(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
-inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x · 2^whole.
+// Takes the nearest whole number from x, and returns it for `scale`: 0 from it comes out where x was the least power.
 constexpr float LEAST_POWER = -1000;
+inline Floats split(Floats& x) {
+    const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    x = _mm512_sub_ps(x, whole);
+    return whole;
+}
+// x · 2^whole.
 inline Floats scale(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
+// What `split` takes.
+inline Floats within_powers(Floats x) { return x; }
 
 // Of 16 rows of 32-bit words, `stride` apart, `count` columns (16 or fewer), each as the 16 words of a register.
 inline void transpose(const int32_t* rows, int64_t stride, int64_t count, int32_t* to) {
@@ -79,6 +87,7 @@ inline void transpose(const int32_t* rows, int64_t stride, int64_t count, int32_
 #else
 
 constexpr int GROUP = 4;  // queries in registers at a time: 8 sums of 16 registers
+constexpr int TALL = 6;   // the same, of the forward kernel: 12 sums
 constexpr int WIDE = 1;   // units at a time
 constexpr int64_t HALF = LANES / 2;
 struct Floats {
@@ -128,17 +137,24 @@ inline float largest_of(Floats x) {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-inline __m256 nearest(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Floats nearest(Floats x) { return {nearest(x.low), nearest(x.high)}; }
-// x · 2^whole for a whole number from the least power on: 0 there, and infinite from 2^128 on.
+// Takes the nearest whole number from x, -127 ... 128, and returns it for `scale`: in the last bits of a large float.
 constexpr float LEAST_POWER = -127;
+inline __m256 split(__m256& x) {
+    const __m256 large = _mm256_set1_ps(12582912), sum = _mm256_add_ps(x, large);
+    x = _mm256_sub_ps(x, _mm256_sub_ps(sum, large));
+    return sum;
+}
+inline Floats split(Floats& x) {
+    const __m256 low = split(x.low), high = split(x.high);
+    return {low, high};
+}
+// x · 2^whole for an x of 0.7 to 1.4, by its exponent's bits: 1 becomes 0 at -127, and infinite at 128.
 inline __m256 scale(__m256 x, __m256 whole) {
-    // Where `whole` is NaN, so is x, whatever it is multiplied by.
-    const __m256 held = _mm256_min_ps(whole, _mm256_set1_ps(128));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(held), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(whole), 23)));
 }
 inline Floats scale(Floats x, Floats whole) { return {scale(x.low, whole.low), scale(x.high, whole.high)}; }
+// What `split` takes, and NaN.
+inline Floats within_powers(Floats x) { return {_mm256_min_ps(_mm256_set1_ps(128), x.low), _mm256_min_ps(_mm256_set1_ps(128), x.high)}; }
 
 // Of 8 rows of 32-bit words, `stride` apart, `count` columns (8 or fewer), each as 8 words, LANES apart.
 inline void transpose_half(const int32_t* rows, int64_t stride, int64_t count, int32_t* to) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,10 +22,10 @@ class Seen(Exception):
     """What a run was made for is seen: the rest of it would be for nothing."""
 
 
-def until_seen(pipe: Any, **arguments: Any) -> None:
-    """Run a pipeline to its end, or until its hooks have `Seen` enough; offloaded models are freed either way."""
+def until_seen(pipe: Any, run: Callable[[], Any]) -> None:
+    """Run a pipeline, or a model of it, until hooks have `Seen` enough: offloaded models are freed as at its end."""
     try:
-        pipe(**arguments)
+        run()
     except Seen:
         if free := getattr(pipe, "maybe_free_model_hooks", None):
             free()

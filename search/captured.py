@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ JOURNAL = "scores.jsonl"
 class Captured:
     """grid: of the visual segment. noise_levels: of all steps; measured: the steps that were scored. calls: of one
     layer in a run, of which dense_calls at steps that the schedule keeps dense; branches: calls at a step. refreshes:
-    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to perturb. text_length: text
-    tokens in the sequence of self-attention, None where there are none.
+    steps of a run at which dynamic lists are built. forwards: some of the transformer's, to look at anew. text_length:
+    text tokens in the sequence of self-attention, None where there are none.
     """
 
     grid: tuple[int, int, int]
@@ -143,7 +144,8 @@ def capture_scores(
                 generator = torch.Generator("cpu").manual_seed(seed + number)
                 # The first tells of all steps; sensitivities are measured on its forwards.
                 run.whole = number == 0
-                until_seen(pipe, **call_arguments(pipe, request), generator=generator, output_type="latent")
+                arguments = call_arguments(pipe, request)
+                until_seen(pipe, partial(pipe, **arguments, generator=generator, output_type="latent"))
                 total = len(prompts) * max(len(run.wanted), 1) * max(len(run.branches), 1) * shape.layers
                 if number == 0:
                     # One prompt's forwards tell enough, and more would only be held.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,40 @@ from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from ..pipelines.clock import RunClock
 from ..pipelines.models import row_of
-from ..pipelines.request import Request, call_arguments, complete
 from ..pipelines.routing import TransformerRun
-from ..pipelines.settings import model_settings
 from .capture import Sample, Seen, until_seen
 from .entry import Call, entries_of
 from .findings import Candidate, Findings
 from .report import write_report
+from .sensitivity import Forward
 
 Maps = dict[str, tuple[Tensor, Tensor]]
 """Title: softmax mass [query tiles, key blocks] of a head, and bool of that shape, which of them its list reads."""
 
 
 class MapsRun(PlanRun):
-    """A dense plan that looks at some heads on the way: at `step`, in the first guidance branch that calls.
+    """A dense plan that looks at some heads on the way, and ends with `Seen`.
 
     wanted: for each layer, heads and the candidate that each is looked at with.
     """
 
-    def __init__(self, plan: Plan, wanted: Mapping[int, Mapping[int, Candidate]], step: int):
-        self.wanted, self.step = wanted, step
+    def __init__(self, plan: Plan, wanted: Mapping[int, Mapping[int, Candidate]]):
+        self.wanted = wanted
         self.maps: Maps = {}
         super().__init__(plan)
 
     def attend_layer(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor | None:
-        layer = call["layer"]
-        for head, candidate in self.wanted.get(layer, {}).items() if call["step"] == self.step else ():
-            title = f"layer {layer}, head {head}: {candidate}"
-            if title not in self.maps and call["grid"] is not None:
+        layer, grid = call["layer"], call["grid"]
+        if grid is not None:
+            for head, candidate in self.wanted.get(layer, {}).items():
                 one = slice(head, head + 1)
-                sample = Sample(
-                    source="captured",
-                    query=query[:1, one],
-                    key=key[:1, one],
-                    value=value[:1, one],
-                    grid=call["grid"],
-                )
+                parts = {"query": query[:1, one], "key": key[:1, one], "value": value[:1, one]}
                 with torch.no_grad():
-                    self.maps[title] = map_of(sample, candidate)
-                if len(self.maps) == sum(map(len, self.wanted.values())):
-                    raise Seen
+                    self.maps[f"layer {layer}, head {head}: {candidate}"] = map_of(
+                        Sample(source="captured", grid=grid, **parts), candidate
+                    )
+        if layer == max(self.wanted):
+            raise Seen
         return super().attend_layer(query, key, value, **call)
 
 
@@ -70,19 +65,16 @@ def look(
     pipe: Any,
     transformer: nn.Module,
     found: Findings,
-    settings: Mapping[str, Any],
+    forward: Forward,
     wanted: Mapping[int, Mapping[int, Candidate]],
-    step: int,
 ) -> Maps:
-    """The maps of some heads on the first prompt."""
-    run = MapsRun(Plan.dense(grid=(1, 1, 1), **asdict(found.shape)), wanted, step)
+    """The maps of some heads in a forward that was kept."""
+    run = MapsRun(Plan.dense(grid=(1, 1, 1), **asdict(found.shape)), wanted)
     clock = RunClock(pipe)
     hooks = TransformerRun(transformer, row_of(transformer), run.plan, run, clock, timing=False)
     try:
-        asked = Request(prompt=found.prompts[0], seed=found.seed, **settings)
-        request, _ = complete(pipe, asked, model_settings(pipe), compare=False)
-        generator = torch.Generator("cpu").manual_seed(found.seed)
-        until_seen(pipe, **call_arguments(pipe, request), generator=generator, output_type="latent")
+        with torch.no_grad():
+            until_seen(pipe, partial(transformer, *forward.args, **forward.kwargs))
     finally:
         hooks.remove()
         clock.release()
@@ -95,10 +87,11 @@ def draw_all(
     plan: Plan,
     pipe: Any,
     transformer: nn.Module,
-    settings: Mapping[str, Any],
+    forwards: Sequence[Forward],
     videos: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> Path:
-    """The report of a search, with the maps of one head of each family that was chosen, and of the first layer's."""
+    """The report of a search, with the maps of one head of each family that was chosen, and of the first layer's, in
+    the middle one of the forwards that were kept."""
     assert found.chosen is not None
     picks = found.front[found.chosen].picks
     wanted: dict[int, dict[int, Candidate]] = {}
@@ -109,6 +102,5 @@ def draw_all(
             if candidate.family not in seen or layer == head == 0:
                 seen.add(candidate.family)
                 wanted.setdefault(layer, {})[head] = candidate
-    step = found.measured_steps[len(found.measured_steps) // 2]
-    maps = look(pipe, transformer, found, settings, wanted, step) if wanted else {}
+    maps = look(pipe, transformer, found, forwards[len(forwards) // 2], wanted) if wanted else {}
     return write_report(folder, found, plan, maps, videos)

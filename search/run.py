@@ -286,7 +286,7 @@ def search(
     found.save(folder)
     plan.save(folder / PLAN)
     report("pictures", 0, 1)
-    draw_all(folder, found, plan, pipe, transformer, settings, videos.get(str(point), {}))
+    draw_all(folder, found, plan, pipe, transformer, captured.forwards, videos.get(str(point), {}))
     report("pictures", 1, 1)
     return SearchResult(plan=plan, findings=found, folder=folder, met=met)
 

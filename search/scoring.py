@@ -15,7 +15,6 @@ from ..attention.grid import TokenGrid
 from ..attention.plan import Plan
 from ..attention.run import PlanRun
 from ..attention.schedule import Schedule
-from ..kernels.attend import attend
 from ..kernels.bitsets import BitList, as_list, smaller
 from ..kernels.blocklist import BlockList, moved
 from .capture import Sample, Seen
@@ -50,14 +49,14 @@ class Built:
         """An entry's list, None where it is static."""
         return None if (found := self.lists[number]) is None else as_list(moved(found, device))
 
-    def measured(self, number: int, entry: Entry, blocks: BlockList, places: Tensor) -> Measured:
-        """What makes up for what an entry's list leaves out, for the queries at `places`."""
+    def measured(self, number: int, entry: Entry, blocks: BlockList) -> Measured:
+        """What makes up for what an entry's list leaves out."""
         assert self.before is not None
         if number not in self._measured:
             first = None
             if entry.candidate.correction == "trend" and self.earlier is not None:
-                first = _measure(self.earlier, entry, self.earlier.select(entry), places)
-            self._measured[number] = _measure(self.before, entry, blocks, places, first)
+                first = _measure(self.earlier, entry, self.earlier.select(entry))
+            self._measured[number] = _measure(self.before, entry, blocks, first)
         return self._measured[number]
 
 
@@ -250,35 +249,34 @@ def score(call: Call, entries: Sequence[Entry], built: Built | None = None) -> d
     sample = call.sample
     heads = sample.query.shape[1]
     columns: dict[str, list[list[float]]] = {"errors": [], "recalls": [], "densities": []}
-    exact: dict[int, tuple[Tensor, Tensor]] = {}
+    exact: Tensor | None = None
     for number, entry in enumerate(entries):
         if isinstance(entry.candidate.selector, Dense):
             for name, value in (("errors", 0.0), ("recalls", 1.0), ("densities", 1.0)):
                 columns[name].append([value] * heads)
             continue
-        if entry.queries not in exact:
-            held = call.layout(entry).query_rows
-            places = held[held >= 0].long()
-            exact[entry.queries] = places, call.dense(entry)[0][:, :, places].float()
-        places, dense = exact[entry.queries]
+        if entry.twin is not None:
+            for column in columns.values():
+                column.append(column[entry.twin])
+            continue
+        dense = call.dense(entry)[0].float()
+        exact = dense if exact is None else exact
         older = built.blocks(number, sample.query.device) if built else None
         blocks = older or call.select(entry)
         columns["densities"].append(call.density(entry, blocks))
         columns["recalls"].append(call.recall(entry, blocks))
-        out = attend(sample.query, call.pyramid(entry), blocks, scale=call.scale)[0][:, :, places]
+        out = call.attend(entry, blocks)[0]
         if entry.candidate.correction != "none":
-            out = built.measured(number, entry, blocks, places).apply(out, sample.noise_level) if built else dense
+            out = built.measured(number, entry, blocks).apply(out, sample.noise_level) if built else dense
         off = (out.float() - dense).square().sum((2, 3)).sqrt()
         columns["errors"].append((off / dense.square().sum((2, 3)).sqrt().clamp(min=1e-12)).amax(0).tolist())
-    if not exact:
+    if exact is None:
         raise ValueError("candidates must hold one that does not read everything: there is nothing to choose")
-    places, dense = next(iter(exact.values()))
     turned = {name: [list(row) for row in zip(*column, strict=True)] for name, column in columns.items()}
-    return {"rows": len(places), "norms": dense.square().sum((0, 2, 3)).sqrt().tolist(), **turned}
+    return {"rows": exact.shape[2], "norms": exact.square().sum((0, 2, 3)).sqrt().tolist(), **turned}
 
 
-def _measure(call: Call, entry: Entry, blocks: BlockList, places: Tensor, before: Measured | None = None) -> Measured:
-    """What `attention.correct.measure` finds of an entry's list at an earlier call, for some queries."""
-    out, lse = attend(call.sample.query, call.pyramid(entry), blocks, scale=call.scale)
-    parts = (part[:, :, places] for part in (out, lse, *call.dense(entry)))
+def _measure(call: Call, entry: Entry, blocks: BlockList, before: Measured | None = None) -> Measured:
+    """What `attention.correct.measure` finds of an entry's list at an earlier call."""
+    parts = *call.attend(entry, blocks), *call.dense(entry)
     return measure(entry.candidate.correction, *parts, noise_level=call.sample.noise_level, before=before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,19 @@ def test_lists_and_corrections_are_as_old_as_the_schedule_leaves_them(
         return
     fresh = score(Call(samples[2]), entries_of(tried, grid))["errors"]
     assert not np.allclose(found[2], fresh, atol=1e-2)
+
+
+def test_lists_that_are_the_same_on_a_grid_are_scored_once():
+    """Of one frame a window has no others to look at; what is dropped or pooled, and corrected, still tells apart."""
+    grid = TokenGrid.video(1, 9, 7)
+    near = [Candidate(selector=Window(frames=n, height=3, width=3), rest="drop", tile=16, block=16) for n in (1, 3, 5)]
+    pooled, corrected = near[2].model_copy(update={"rest": "pooled"}), near[2].model_copy(update={"correction": "rho"})
+    entries = entries_of([*near, pooled, corrected, pooled, TOPK, TOPK], grid)
+    assert [entry.twin for entry in entries] == [None, 0, 0, None, None, 3, None, None]
+    sample = random_sample(grid)
+    found = score(Call(sample, rows=32), entries)
+    assert found == score(Call(sample, rows=32), [replace(entry, twin=None) for entry in entries])
+    assert found["errors"][0][0] > 0.01
 
 
 def test_of_long_sequences_tiles_take_turns():

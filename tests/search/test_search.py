@@ -98,7 +98,8 @@ def test_resumed_it_comes_to_the_same(wan, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(type(wan), "__call__", noted)
     again = run(wan, tmp_path / "parts", proofs=0, resume=True)
     assert again.plan == whole.plan
-    assert PROMPTS[1] not in prompts
+    # The first is run for what else it tells; maps are drawn from a forward that it kept.
+    assert prompts == PROMPTS[:1]
     with pytest.raises(ValueError, match="of another search"):
         run(wan, tmp_path / "parts", proofs=0, resume=True, seed=1)
 
