@@ -43,11 +43,10 @@ class MapsRun(PlanRun):
         if grid is not None:
             for head, candidate in self.wanted.get(layer, {}).items():
                 one = slice(head, head + 1)
-                parts = {"query": query[:1, one], "key": key[:1, one], "value": value[:1, one]}
+                part = query[:1, one], key[:1, one], value[:1, one]
+                sample = Sample(source="captured", query=part[0], key=part[1], value=part[2], grid=grid)
                 with torch.no_grad():
-                    self.maps[f"layer {layer}, head {head}: {candidate}"] = map_of(
-                        Sample(source="captured", grid=grid, **parts), candidate
-                    )
+                    self.maps[f"layer {layer}, head {head}: {candidate}"] = map_of(sample, candidate)
         if layer == max(self.wanted):
             raise Seen
         return super().attend_layer(query, key, value, **call)
