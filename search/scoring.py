@@ -23,7 +23,7 @@ from .findings import Candidate
 from .journal import Journal, Score
 from .sensitivity import middle_steps
 
-ROWS = 512
+ROWS = 256
 """Queries of a call that errors are measured on; of longer sequences a sample of their tiles. What a search finds for
 `shapes` with twice as many is foretold 2 % less error."""
 
