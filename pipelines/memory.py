@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Have this process keep the memory that it frees, up to 2 GiB at its heap's end, for what it takes next.
 
     Otherwise glibc hands large blocks back and maps them anew, and the system clears every page of every activation:
-    a quarter of a sparse step's time where an activation is tens of megabytes. Threads' own heaps hold blocks up to
+    a fifth of a sparse step's time where an activation is tens of megabytes. Threads' own heaps hold blocks up to
     64 MB; larger ones are mapped there as before. What is already told by the environment (`MALLOC_*`,
     `GLIBC_TUNABLES`) stays. Returns whether it is done: other C libraries have nothing of the kind.
     """

@@ -7,9 +7,11 @@ import torch
 
 from ziggurat.kernels import gather, native_build, selftest, tables
 from ziggurat.kernels.attend import attend
+from ziggurat.kernels.blocklist import identity_rows
 from ziggurat.kernels.cases import Case, build
 from ziggurat.kernels.listops import all_blocks
 from ziggurat.kernels.mass import block_mass
+from ziggurat.kernels.pyramid import build_pyramid, padded_range
 
 CPU = torch.device("cpu")
 
@@ -157,3 +159,37 @@ def test_kept_layouts_serve_every_list(dtype, apart, monkeypatch):
     assert not same(problem.blocks, None, problem.pyramid())
     # The pyramid of other rows keeps nothing of these.
     assert replace(kept, log_weight=kept.log_weight).layouts is None
+
+
+@pytest.mark.parametrize("scale", [None, 30.0], ids=["", "shifted"])
+@pytest.mark.parametrize("tile", [1, 2, 5, 6, 7, 16, 64, 67, 127, 128, 131, 200, 257])
+def test_whatever_is_left_of_a_tile_is_computed(tile, scale):
+    """Queries are taken by fours, sixes or eights, 128 at most at a time; the larger scale needs the maximum."""
+    if lacking := native_build.lacking(torch.float32, CPU):
+        pytest.skip(lacking)
+    generator = torch.Generator().manual_seed(tile)
+    query, key, value = (torch.randn(1, 2, 263, 40, generator=generator, dtype=torch.float64) for _ in range(3))
+    pyramid = build_pyramid(key.float(), value.float(), padded_range(263, 16).view(1, -1), block=16)
+    blocks = all_blocks(identity_rows(263, tile), 16)
+    out, lse = attend(query.float(), pyramid, blocks, scale=scale, backend="torch")
+    logits = query @ key.mT * (scale or 40**-0.5)
+    # What rounding does to a logit of hundreds, a softmax of them shows.
+    atol = 2e-6 if scale is None else 2e-3
+    torch.testing.assert_close(out.double(), logits.softmax(-1) @ value, rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_masses_are_infinite_or_nothing_where_an_lse_is_far_off():
+    if lacking := native_build.lacking(torch.float32, CPU):
+        pytest.skip(lacking)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, 32, 16, generator=generator) for _ in range(2))
+    pyramid = build_pyramid(key, key, padded_range(32, 16).view(1, -1), block=16)
+    logits = query @ key.mT / 4
+    for off, wanted in ((-200.0, torch.inf), (200.0, 0.0)):
+        lse = logits.logsumexp(-1) + off
+        mass = block_mass(query, pyramid, lse, identity_rows(32, 32), backend="torch")
+        assert bool((mass == wanted).all())
+    mass = block_mass(query, pyramid, logits.logsumexp(-1) - 85, identity_rows(32, 32), backend="torch").double()
+    shares = logits.double().softmax(-1).unflatten(-1, (2, 16)).sum((-3, -1))[:, :, None]
+    torch.testing.assert_close(mass, shares * torch.tensor(85.0, dtype=torch.float64).exp(), rtol=2e-5, atol=0)
