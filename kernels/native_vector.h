@@ -37,7 +37,7 @@ inline Floats select(Mask mask, Floats x, Floats otherwise) { return _mm512_mask
 inline Mask strange(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
-// Takes the nearest whole number from x, and returns it for `scale`: 0 from it comes out where x was the least power.
+// Takes the nearest whole number from x, and returns it for `scale`, which makes 0 of the least power.
 constexpr float LEAST_POWER = -1000;
 inline Floats split(Floats& x) {
     const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

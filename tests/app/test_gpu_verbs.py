@@ -50,7 +50,7 @@ def test_doctor_sees_a_wrong_answer(capsys, monkeypatch):
         return (out, lse) if backend == "reference" else (out * 1.001, lse)
 
     monkeypatch.setattr(selftest, "attend", wrong)
-    # A library that another test loads may allow products in tf32, of which less is asked.
+    # torchao, where another test quantises by it, allows products in tf32, of which less is asked.
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
     code, lines = run(capsys, "doctor")
     assert code == 1
